@@ -1,0 +1,1 @@
+"""DifNet and its baselines on Pascal VOC and Context, built on graphdiff's walks."""
