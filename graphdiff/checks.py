@@ -1,0 +1,153 @@
+"""Checks of arguments: one helper per fact, one wording each.
+
+Every message says what was given, what is allowed and what to do. The checks stand at the doors
+(`solve`, operator constructors, module forwards); behind them the code trusts its arguments.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def shape_text(x: Tensor) -> str:
+    """The shape of a tensor as it stands in messages, e.g. ``[4, 3]``."""
+    return str(list(x.shape))
+
+
+def floating(x: object, name: str) -> Tensor:
+    """`x`, if it is a real floating-point tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}; use torch.as_tensor")
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"{name}: expected a real floating-point tensor, got {x.dtype}; convert it with {name}.float()"
+        )
+    return x
+
+
+def same_dtype(x: Tensor, name: str, dtype: torch.dtype, owner: str) -> None:
+    """`x` has the dtype of `owner`."""
+    if x.dtype != dtype:
+        raise TypeError(
+            f"{name}: expected dtype {dtype} like {owner}, got {x.dtype}; convert one of them with .to(...)"
+        )
+
+
+def same_device(x: Tensor, name: str, device: torch.device, owner: str) -> None:
+    """`x` lies on the device of `owner`."""
+    if x.device != device:
+        raise ValueError(
+            f"{name}: expected device {device} like {owner}, got {x.device}; move one of them with .to(...)"
+        )
+
+
+def finite(x: Tensor, name: str) -> None:
+    """`x` holds neither nan nor infinity."""
+    if not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).sum())
+        raise ValueError(f"{name}: expected finite values, got {bad} that are nan or infinite of {x.numel()}")
+
+
+def nonnegative(x: Tensor, name: str) -> None:
+    """`x` holds no negative value."""
+    if bool((x < 0).any()):
+        raise ValueError(
+            f"{name}: expected values ≥ 0, got a smallest value of {float(x.min()):.3g}; "
+            "a walk has no negative probabilities, so shift or exponentiate the affinity first"
+        )
+
+
+def square(x: Tensor, name: str) -> None:
+    """`x` is [..., N, N] with N ≥ 1."""
+    if x.ndim < 2 or x.shape[-1] != x.shape[-2] or x.shape[-1] == 0:
+        raise ValueError(f"{name}: expected shape [..., N, N] with N ≥ 1, got {shape_text(x)}")
+
+
+def signal(s: object, nodes: int, name: str = "s") -> Tensor:
+    """A signal as [..., N, K]; [N] becomes [N, 1]."""
+    s = floating(s, name)
+    given = shape_text(s)
+    if s.ndim == 1:
+        s = s.unsqueeze(-1)
+    if s.ndim == 0 or s.numel() == 0 or s.shape[-2] != nodes:
+        raise ValueError(
+            f"{name}: expected shape [..., N, K] or [N] with N = {nodes} nodes and K ≥ 1, got {given}"
+        )
+    return s
+
+
+def broadcast_batch(shapes: Sequence[torch.Size], names: str) -> torch.Size:
+    """The common leading shape of several arguments."""
+    try:
+        return torch.Size(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        given = " and ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{names}: expected leading dimensions that broadcast, got {given}") from None
+
+
+def mu(value: float | Tensor, signal_shape: torch.Size, device: torch.device) -> Tensor:
+    """µ as a floating tensor [..., 1 or N, 1 or K], checked to lie in [0, 1).
+
+    A Python number becomes float64, so that it means itself in a float32 problem too.
+    """
+    nodes, channels = signal_shape[-2:]
+    if isinstance(value, Tensor):
+        mu = floating(value, "mu")
+        same_device(mu, "mu", device, "the operator")
+        if mu.ndim == 0:
+            mu = mu.reshape(1, 1)
+        elif mu.ndim == 1:
+            raise ValueError(
+                f"mu: a bare shape {shape_text(mu)} is ambiguous; give [1, {channels}] for one µ per channel "
+                f"(mu.unsqueeze(0)) or [{nodes}, 1] for one per node (mu.unsqueeze(-1))"
+            )
+        if tuple(mu.shape[-2:]) not in {(1, 1), (1, channels), (nodes, 1)}:
+            raise ValueError(
+                f"mu: expected a number, a 0-d tensor, [..., 1, K] with K = {channels} or [..., N, 1] with "
+                f"N = {nodes}, got {shape_text(mu)}"
+            )
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        # float64 does not exist on every device; float32 then holds the nearest number.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        mu = torch.full((1, 1), float(value), dtype=dtype, device=device)
+    else:
+        raise TypeError(f"mu: expected a number or a tensor, got {type(value).__name__}")
+    if not bool(((mu >= 0) & (mu < 1)).all()):
+        raise ValueError(
+            f"mu: expected 0 ≤ µ < 1, got values from {float(mu.min()):.6g} to {float(mu.max()):.6g}; "
+            "at µ = 1 the system is singular"
+        )
+    return mu
+
+
+def fraction(value: float, name: str) -> float:
+    """A Python number in (0, 1)."""
+    if not (isinstance(value, int | float) and 0.0 < value < 1.0):
+        raise ValueError(f"{name}: expected a number between 0 and 1, both excluded, got {value!r}")
+    return float(value)
+
+
+def closed_fraction(value: float, name: str, *, below_one: bool = False) -> float:
+    """A Python number in [0, 1], or [0, 1)."""
+    if not (isinstance(value, int | float) and 0.0 <= value <= 1.0) or (below_one and value == 1):
+        allowed = "0 ≤ number < 1" if below_one else "0 ≤ number ≤ 1"
+        raise ValueError(f"{name}: expected {allowed}, got {value!r}")
+    return float(value)
+
+
+def positive_number(value: float, name: str) -> float:
+    """A finite Python number > 0."""
+    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+    return float(value)
+
+
+def positive_integer(value: int, name: str) -> int:
+    """A Python integer ≥ 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer ≥ 1, got {value!r}")
+    return value

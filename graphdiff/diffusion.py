@@ -1,0 +1,172 @@
+"""y = (1 − µ)(I − µP)⁻¹ s: `solve` with its evidence, `diffuse` for the value alone."""
+
+import torch
+from torch import Tensor
+
+from graphdiff import checks
+from graphdiff.implicit import Call, OnFailure, implicit_solve, report
+from graphdiff.operators.base import Transition
+from graphdiff.solution import Solution
+from graphdiff.solvers.auto import Auto
+from graphdiff.solvers.base import Solver, norm_of, size
+
+
+def solve(
+    P: Transition,
+    s: Tensor,
+    mu: float | Tensor,
+    *,
+    solver: Solver | Auto | None = None,
+    tol: float | None = None,
+    initial: Tensor | None = None,
+    max_steps: int | None = None,
+    on_failure: OnFailure = "warn",
+) -> Solution:
+    r"""Diffuses a signal exactly, and says how exactly.
+
+    .. math:: y = (1 - \mu)(I - \mu P)^{-1} s
+
+    (the paper's Eq. 2 and the limit of its Eq. 3). The error of every right-hand side is promised to be at
+    most tol·‖s‖ in the maximum norm for a transition P, in the 1-norm for P.T (personalised PageRank).
+
+    Args:
+        P: Any transition, [..., N, N].
+        s: Signal [..., N, K] or [N], same dtype and device as P. Leading dimensions broadcast with P's.
+        mu: µ in [0, 1): a number, a 0-d tensor, [..., 1, K] per channel or [..., N, 1] per node.
+        solver: How; `solvers.Auto()` if None.
+        tol: Relative tolerance; 1e-10 in float64, else 1e-5, if None.
+        initial: First guess of y, shaped like s; s itself if None.
+        max_steps: Most steps of the solver; None for as many as theory says can help.
+        on_failure: What to do where the promise cannot be kept: "warn", "raise" or "ignore".
+
+    Returns:
+        A `Solution`; its `value` is differentiable in s, µ and P's tensors, without a graph of the steps.
+
+    Raises:
+        TypeError: An argument is of the wrong type or dtype.
+        ValueError: A shape, device or value does not fit; the message names it.
+        ConvergenceError: The promise is not kept under ``on_failure="raise"``.
+
+    Example:
+        >>> import torch, graphdiff as gd
+        >>> P = gd.DenseTransition.from_affinity(torch.ones(2, 2, dtype=torch.float64))
+        >>> sol = gd.solve(P, torch.tensor([0.0, 2.0], dtype=torch.float64), mu=0.5)
+        >>> sol.value
+        tensor([0.5000, 1.5000], dtype=torch.float64)
+        >>> bool(sol.converged), float(sol.error_bound) < 1e-10
+        (True, True)
+    """
+    if not isinstance(P, Transition):
+        raise TypeError(
+            f"P: expected a Transition, got {type(P).__name__}; wrap a matrix with DenseTransition(P) or "
+            "DenseTransition.from_affinity(W), features with AttentionTransition(psi)"
+        )
+    if on_failure not in ("warn", "raise", "ignore"):
+        raise ValueError(f'on_failure: expected "warn", "raise" or "ignore", got {on_failure!r}')
+    if solver is not None and not isinstance(solver, Solver | Auto):
+        raise TypeError(f"solver: expected a solver such as solvers.Walk(), got {solver!r}")
+    signal = checks.signal(s, P.shape[-1])
+    checks.same_dtype(signal, "s", P.dtype, "P")
+    checks.same_device(signal, "s", P.device, "P")
+    checks.finite(signal, "s")
+    for tensor in P.tensors():
+        checks.finite(tensor, f"the tensors of {type(P).__name__}")
+    mu = checks.mu(mu, signal.shape, P.device)
+    tol = checks.positive_number(tol, "tol") if tol is not None else _default_tol(s.dtype)
+    if max_steps is not None:
+        checks.positive_integer(max_steps, "max_steps")
+    batch = checks.broadcast_batch([P.shape[:-2], signal.shape[:-2], mu.shape[:-2]], "P, s and mu")
+    shape = (*batch, *signal.shape[-2:])
+    if initial is not None:
+        initial = checks.signal(initial, P.shape[-1], "initial")
+        checks.same_dtype(initial, "initial", P.dtype, "P")
+        checks.same_device(initial, "initial", P.device, "P")
+        checks.finite(initial, "initial")
+        if checks.broadcast_batch([initial.shape, torch.Size(shape)], "initial and s") != torch.Size(shape):
+            raise ValueError(
+                f"initial: expected shape {list(shape)} like s, got {checks.shape_text(initial)}"
+            )
+
+    # Half precision is solved in float32. Outside the iteration everything is in the best precision at hand.
+    operator = P.to(torch.float32) if P.dtype in (torch.float16, torch.bfloat16) else P
+    wide = torch.float32 if P.device.type == "mps" else torch.float64
+    seed, mu = signal.to(wide).expand(shape), mu.to(wide)
+    norm = norm_of(P)
+    atol = tol * size(seed.detach(), norm)
+    call = Call(operator, solver if solver is not None else Auto(), tol, max_steps, on_failure)
+    chosen, why = call.chosen(mu, shape[-1])
+    start = (seed if initial is None else initial.to(wide).expand(shape)).detach()
+    answer = implicit_solve(call, (1 - mu) * seed, mu, initial=start, atol=atol)
+
+    value = answer.x.to(operator.dtype)
+    error_bound = answer.error_bound + size(value.detach().to(wide) - answer.x.detach(), norm)
+    converged = error_bound <= atol
+    if bool(converged.all()):
+        stopped = "reached the tolerance"
+    elif max_steps is not None and int(answer.steps.max()) >= max_steps:
+        stopped = f"stopped at max_steps = {max_steps}"
+    else:
+        stopped = f"rounding in {str(operator.dtype).removeprefix('torch.')} allows no more"
+
+    def as_given(x: Tensor) -> Tensor:
+        return x.squeeze(-1) if s.ndim == 1 else x
+
+    solution = Solution(
+        value=as_given(value.to(s.dtype)),
+        lower=as_given(_outward(answer.lower, operator.dtype, -torch.inf)),
+        upper=as_given(_outward(answer.upper, operator.dtype, torch.inf)),
+        error_bound=as_given(error_bound.squeeze(-2)),
+        converged=as_given(converged.squeeze(-2)),
+        steps=as_given(answer.steps),
+        matvecs=as_given(answer.matvecs),
+        norm=norm,
+        solver=str(chosen),
+        reason=f"{why}; {stopped}",
+    )
+    report(error_bound, atol, on_failure, f"graphdiff.solve, {chosen}, {stopped}", solution)
+    return solution
+
+
+def diffuse(
+    P: Transition,
+    s: Tensor,
+    mu: float | Tensor,
+    *,
+    solver: Solver | Auto | None = None,
+    tol: float | None = None,
+    initial: Tensor | None = None,
+    max_steps: int | None = None,
+    on_failure: OnFailure = "warn",
+) -> Tensor:
+    """The value of `solve`: y = (1 − µ)(I − µP)⁻¹ s, [..., N, K] or [N] as s is.
+
+    ``diffuse(P, s)`` smooths a signal over the graph, ``diffuse(P.T, s)`` carries mass along the walk
+    (personalised PageRank with restart distribution s). Arguments, promise and errors are those of `solve`.
+
+    Example:
+        >>> import torch, graphdiff as gd
+        >>> P = gd.AttentionTransition(torch.zeros(4, 2))
+        >>> gd.diffuse(P.T, torch.tensor([1.0, 0.0, 0.0, 0.0]), mu=0.8)
+        tensor([0.4000, 0.2000, 0.2000, 0.2000])
+    """
+    return solve(
+        P,
+        s,
+        mu,
+        solver=solver,
+        tol=tol,
+        initial=initial,
+        max_steps=max_steps,
+        on_failure=on_failure,
+    ).value
+
+
+def _default_tol(dtype: torch.dtype) -> float:
+    return 1e-10 if dtype == torch.float64 else 1e-5
+
+
+def _outward(bound: Tensor, dtype: torch.dtype, direction: float) -> Tensor:
+    """A bound in another dtype, rounded so that it remains one."""
+    cast = bound.to(dtype)
+    inside = cast.to(bound.dtype) > bound if direction < 0 else cast.to(bound.dtype) < bound
+    return torch.where(inside, torch.nextafter(cast, torch.full_like(cast, direction)), cast)

@@ -1,0 +1,128 @@
+"""x = (I − MP)⁻¹ b with M = diag(µ): the value by any solver, the gradient by the transposed solve.
+
+For a cotangent g of x, with λ = (I − MP)⁻ᵀ g:
+
+    v = (I − MPᵀ)⁻¹ M g,   λ = g + Pᵀ v,   v = M λ,
+    ∂b = λ,   ∂µ = λ ⊙ (P x),   ∂(tensors of P) = the vector-Jacobian product of P x with cotangent v.
+
+So the backward is the same operation on Pᵀ, differentiable again, and holds no graph of the steps.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from graphdiff.operators.base import Transition
+from graphdiff.solution import ConvergenceError, ConvergenceWarning, Solution
+from graphdiff.solvers.auto import Auto
+from graphdiff.solvers.base import Certified, Solver, norm_of, size, solve_certified
+
+OnFailure = Literal["warn", "raise", "ignore"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What forward and backward of one solve share, none of it differentiable."""
+
+    operator: Transition
+    solver: Solver | Auto
+    tol: float
+    max_steps: int | None
+    on_failure: OnFailure
+
+    def chosen(self, mu: Tensor, channels: int) -> tuple[Solver, str]:
+        """The solver that does the work, and why."""
+        if isinstance(self.solver, Auto):
+            return self.solver.choose(self.operator, mu, channels, self.tol)
+        return self.solver, "as asked"
+
+
+def implicit_solve(call: Call, rhs: Tensor, mu: Tensor, *, initial: Tensor, atol: Tensor) -> Certified:
+    """Solve (I − MP) x = b; only `x` of the result carries gradients.
+
+    Args:
+        call: Operator, solver and limits.
+        rhs: b [..., N, K], float64 where the device has it.
+        mu: µ [..., 1 or N, 1 or K], dtype of `rhs`.
+        initial: First guess, like `rhs`.
+        atol: Largest error allowed in the norm of the operator, [..., 1, K].
+    """
+    return Certified(*_ImplicitSolve.apply(call, rhs, mu, initial, atol, *call.operator.tensors()))
+
+
+class _ImplicitSolve(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, rhs: Tensor, mu: Tensor, initial: Tensor, atol: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        operator = call.operator.with_tensors([t.detach() for t in tensors])
+        solver, _ = call.chosen(mu, rhs.shape[-1])
+        answer = solve_certified(
+            solver, operator, rhs, mu, initial=initial, atol=atol, max_steps=call.max_steps
+        )
+        ctx.call = call
+        ctx.save_for_backward(mu, answer.x, *tensors)
+        ctx.mark_non_differentiable(*answer[1:])
+        return tuple(answer)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        mu, x, *tensors = ctx.saved_tensors
+        needs_mu, needs_tensors = ctx.needs_input_grad[2], ctx.needs_input_grad[5:]
+        operator = call.operator.with_tensors(tensors)
+        adjoint = Call(operator.T, call.solver, call.tol, call.max_steps, call.on_failure)
+
+        # (1 − µ)λ is the gradient of the signal; its error is promised to be at most tol·‖g‖.
+        remaining = 1 - mu.amax(-2, keepdim=True)
+        atol = call.tol * size(g.detach(), norm_of(operator.T)) / remaining
+        b = mu * g
+        v = implicit_solve(adjoint, b, mu, initial=(b / (1 - mu)).detach(), atol=atol.detach())
+        report(v.error_bound, atol, call.on_failure, "graphdiff, gradient of a solve")
+        g_rhs = g + operator.T.to(g.dtype).matmul(v.x)
+
+        g_mu: Tensor | None = None
+        g_tensors: list[Tensor | None] = [None] * len(tensors)
+        if needs_mu or any(needs_tensors):
+            recorded = torch.is_grad_enabled()
+            with torch.enable_grad():
+                # Views: differentiating with respect to the tensors themselves would, in a second
+                # derivative, run on through the graph that x hangs from.
+                views = [
+                    t.view_as(t) if needed else t.detach()
+                    for t, needed in zip(tensors, needs_tensors, strict=True)
+                ]
+                product = operator.with_tensors(views).matmul(x.to(operator.dtype))
+                wanted = [view for view, needed in zip(views, needs_tensors, strict=True) if needed]
+                if wanted:
+                    found = iter(
+                        torch.autograd.grad(
+                            product, wanted, v.x.to(product.dtype), create_graph=recorded, allow_unused=True
+                        )
+                    )
+                    g_tensors = [next(found) if needed else None for needed in needs_tensors]
+            if needs_mu:
+                product = product if recorded else product.detach()
+                g_mu = (g_rhs * product.to(g.dtype)).sum_to_size(mu.shape)
+        return None, g_rhs, g_mu, None, None, *g_tensors
+
+
+def report(
+    error_bound: Tensor, atol: Tensor, on_failure: OnFailure, what: str, solution: Solution | None = None
+) -> None:
+    """Warn or raise where a bound missed its target."""
+    missed = ~(error_bound <= atol)
+    if on_failure == "ignore" or not bool(missed.any()):
+        return
+    worst = int(torch.where(missed, error_bound / atol, 0.0).nan_to_num(torch.inf).argmax())
+    message = (
+        f"{what}: the error is known to be at most {float(error_bound.flatten()[worst]):.2e} where "
+        f"{float(atol.flatten()[worst]):.2e} was asked for ({int(missed.sum())} of {missed.numel()} "
+        "right-hand sides); raise max_steps, loosen tol, or use float64"
+    )
+    if on_failure == "raise":
+        raise ConvergenceError(message, solution)
+    warnings.warn(message, ConvergenceWarning, stacklevel=4)

@@ -1,0 +1,7 @@
+"""Transitions: one file each."""
+
+from graphdiff.operators.attention import AttentionTransition
+from graphdiff.operators.base import Transition
+from graphdiff.operators.dense import DenseTransition
+
+__all__ = ["AttentionTransition", "DenseTransition", "Transition"]

@@ -1,0 +1,202 @@
+"""Transition: a random walk P as something that can be multiplied.
+
+P[i, j] is the probability of stepping from i to j; every row sums to 1. An operator is a frozen
+dataclass of tensors with one method to write, `matmul`; transpose, rows and dense form follow from it.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from graphdiff import checks
+
+
+class Transition(ABC):
+    """A random walk on N nodes, row-stochastic unless it is the transpose of one.
+
+    Subclasses are frozen dataclasses (``eq=False``) whose floating-point fields are the differentiable
+    inputs. They write `matmul` and `shape`, and state the facts that hold for them.
+    """
+
+    reversible: bool = False
+    """Whether d_i P[i, j] = d_j P[j, i] for some degrees d > 0, given by `log_degree`."""
+    positive_semidefinite: bool = False
+    """Whether, besides, the affinity D·P has no negative eigenvalue."""
+    sparse: bool = False
+    """Whether `neighbours` is cheap."""
+    stochastic: Literal["rows", "columns"] = "rows"
+    """Which sums are 1."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """[..., N, N]."""
+
+    @abstractmethod
+    def matmul(self, y: Tensor) -> Tensor:
+        """P y for y [..., N, K], differentiable in y and in the operator's tensors."""
+
+    def rmatmul(self, v: Tensor) -> Tensor:
+        """Pᵀ v for v [..., N, K]: the vector-Jacobian product of y ↦ P y, unless written directly."""
+        recorded = torch.is_grad_enabled()
+        with torch.enable_grad():
+            y = torch.zeros_like(v).requires_grad_()
+            (transposed,) = torch.autograd.grad(self.matmul(y), y, v, create_graph=recorded)
+        return transposed
+
+    @property
+    def log_degree(self) -> Tensor | None:
+        """log d up to a constant, [..., N], for reversible walks; else None."""
+        return None
+
+    @property
+    def row_sums(self) -> Tensor | float:
+        """Row sums of P as given, [..., N, 1] (those of the original for a transpose), or exactly 1."""
+        return 1.0
+
+    def rounding(self, dtype: torch.dtype) -> float:
+        """A number ε with ‖fl(P y) − P y‖ ≤ ε‖y‖ when the product is computed in `dtype`.
+
+        Sums of N products in any order are wrong by at most N units in the last place.
+        """
+        return (self.shape[-1] + 4) * torch.finfo(dtype).eps
+
+    @property
+    def T(self) -> "Transition":
+        """The transpose, which conserves mass: columns sum to 1."""
+        return TransposedTransition(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the operator's numbers."""
+        return self.tensors()[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the operator's tensors lie."""
+        return self.tensors()[0].device
+
+    def __matmul__(self, y: Tensor) -> Tensor:
+        checks.same_dtype(checks.floating(y, "y"), "y", self.dtype, "the operator")
+        checks.same_device(y, "y", self.device, "the operator")
+        columns = checks.signal(y, self.shape[-1], "y")
+        checks.broadcast_batch([self.shape[:-2], columns.shape[:-2]], "P and y")
+        product = self.matmul(columns)
+        # One signal on one graph comes back as it was given; a batch of graphs makes a batch of signals.
+        return product.squeeze(-1) if y.ndim == 1 else product
+
+    def rows(self, index: Tensor | Sequence[int]) -> Tensor:
+        """The rows P[index], [..., len(index), N], differentiable; no N×N matrix is built."""
+        return self.T.matmul(self._unit_columns(self._row_index(index))).mT
+
+    def dense(self) -> Tensor:
+        """P as a tensor [..., N, N]."""
+        return self.matmul(self._unit_columns(torch.arange(self.shape[-1], device=self.device)))
+
+    def to(self, *target: torch.device | torch.dtype | str | int) -> Self:
+        """The operator on another device, in another dtype, or both: ``P.to("cuda", torch.float64)``."""
+        device: torch.device | None = None
+        dtype: torch.dtype | None = None
+        for item in target:
+            if isinstance(item, torch.dtype):
+                dtype = item
+            else:
+                device = torch.device(item)
+        if dtype is not None and dtype not in checks.FLOATS:
+            raise TypeError(f"to: expected a floating-point dtype, got {dtype}")
+        if dtype in (None, self.dtype) and device in (None, self.device):
+            return self
+        return self._replaced(iter([t.to(device=device, dtype=dtype) for t in self.tensors()]), device)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The floating-point tensors P is made of, nested operators' included: what gradients flow to."""
+        found: list[Tensor] = []
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            value = getattr(self, field.name)
+            if isinstance(value, Transition):
+                found.extend(value.tensors())
+            elif isinstance(value, Tensor) and value.is_floating_point():
+                found.append(value)
+        return tuple(found)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
+        """The same operator made of other tensors with the same values, so nothing is checked again."""
+        return self._replaced(iter(tensors), None)
+
+    def _replaced(self, tensors: Iterator[Tensor], device: torch.device | None) -> Self:
+        # A bare object with the fields alone: what the original has derived from its tensors stays behind.
+        other = object.__new__(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Transition):
+                object.__setattr__(other, field.name, value._replaced(tensors, device))
+            elif isinstance(value, Tensor):
+                new = next(tensors) if value.is_floating_point() else value.to(device=device)
+                object.__setattr__(other, field.name, new)
+            else:
+                object.__setattr__(other, field.name, value)
+        return other
+
+    def _row_index(self, index: Tensor | Sequence[int]) -> Tensor:
+        index = torch.as_tensor(index, device=self.device)
+        nodes = self.shape[-1]
+        if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+            raise ValueError(
+                f"index: expected a list or 1-d tensor of node numbers, got {index.dtype} of shape "
+                f"{checks.shape_text(index)}"
+            )
+        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < nodes):
+            raise IndexError(f"index: expected nodes 0 to {nodes - 1}, got {index.tolist()}")
+        return index
+
+    def _unit_columns(self, index: Tensor) -> Tensor:
+        units = torch.zeros(self.shape[-1], len(index), dtype=self.dtype, device=self.device)
+        units[index, torch.arange(len(index), device=self.device)] = 1
+        return units.expand(*self.shape[:-2], *units.shape)
+
+    def __repr__(self) -> str:
+        facts = ["reversible"] * self.reversible + ["positive semidefinite"] * self.positive_semidefinite
+        return (
+            f"{type(self).__name__}({list(self.shape)}, {str(self.dtype).removeprefix('torch.')}, "
+            f"{self.device}{''.join(', ' + fact for fact in facts)})"
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class TransposedTransition(Transition):
+    """Pᵀ: it carries mass along the walk, so sums over nodes are conserved."""
+
+    original: Transition
+
+    stochastic = "columns"
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., N, N]."""
+        return self.original.shape
+
+    @property
+    def T(self) -> Transition:
+        """The operator this is the transpose of, itself."""
+        return self.original
+
+    @property
+    def row_sums(self) -> Tensor | float:
+        """Those of the original, which are this operator's column sums."""
+        return self.original.row_sums
+
+    def rounding(self, dtype: torch.dtype) -> float:
+        """As the original's, in the 1-norm."""
+        return self.original.rounding(dtype)
+
+    def matmul(self, y: Tensor) -> Tensor:
+        """Pᵀ y."""
+        return self.original.rmatmul(y)
+
+    def rmatmul(self, v: Tensor) -> Tensor:
+        """P v."""
+        return self.original.matmul(v)

@@ -1,0 +1,119 @@
+"""P = D⁻¹W held as a matrix."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from graphdiff import checks
+from graphdiff.operators.base import Transition
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DenseTransition(Transition):
+    """A walk given by its matrix.
+
+    Args:
+        P: Row-stochastic matrices, shape [..., N, N], checked to be ≥ 0 with rows that sum to 1.
+        log_degree: log d, shape [..., N], where the walk is known to be reversible; `from_affinity` finds
+            it from a symmetric W.
+
+    Raises:
+        TypeError: `P` is not a floating-point tensor.
+        ValueError: `P` is not square, not finite, negative somewhere, or a row does not sum to 1.
+
+    Example:
+        >>> import torch, graphdiff as gd
+        >>> P = gd.DenseTransition.from_affinity(torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
+        >>> P @ torch.tensor([2.0, 4.0])
+        tensor([4., 3.])
+        >>> P.reversible
+        True
+    """
+
+    P: Tensor
+    log_degree: Tensor | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        P = checks.floating(self.P, "P")
+        checks.square(P, "P")
+        checks.finite(P, "P")
+        checks.nonnegative(P, "P")
+        # Each of N entries is rounded by eps/2 of itself, and so is the sum.
+        tolerance = 8 * P.shape[-1] ** 0.5 * torch.finfo(P.dtype).eps
+        off = (self.row_sums - 1).abs()
+        if bool((off > tolerance).any()):
+            raise ValueError(
+                f"P: expected rows that sum to 1 within {tolerance:.1e}, got one that sums to "
+                f"{float(self.row_sums.flatten()[off.argmax()]):.6g}; normalise an affinity with "
+                "DenseTransition.from_affinity(W)"
+            )
+        if self.log_degree is not None:
+            degree = checks.floating(self.log_degree, "log_degree")
+            checks.same_dtype(degree, "log_degree", P.dtype, "P")
+            checks.same_device(degree, "log_degree", P.device, "P")
+            if degree.shape != P.shape[:-1]:
+                raise ValueError(
+                    f"log_degree: expected shape {list(P.shape[:-1])}, got {checks.shape_text(degree)}"
+                )
+
+    @classmethod
+    def from_affinity(cls, W: Tensor) -> "DenseTransition":
+        """P = D⁻¹W for an affinity W ≥ 0, shape [..., N, N]; differentiable in W.
+
+        The walk is taken as reversible where W is exactly symmetric.
+
+        Raises:
+            TypeError: `W` is not a floating-point tensor.
+            ValueError: `W` is not square, not finite, negative somewhere, or a row is all zero.
+        """
+        W = checks.floating(W, "W")
+        checks.square(W, "W")
+        checks.finite(W, "W")
+        checks.nonnegative(W, "W")
+        # Scaling a row by its largest entry first keeps sums of very large and very small weights finite.
+        largest = W.detach().amax(-1, keepdim=True)
+        if bool((largest == 0).any()):
+            node = int((largest == 0).flatten(0, -2).any(-1).nonzero()[0, 0]) % W.shape[-1]
+            raise ValueError(
+                f"W: row {node} is all zero, so no walk can leave node {node}; give it a weight, for example "
+                "a self-loop (W[i, i] = 1)"
+            )
+        scaled = W / largest
+        degree = scaled.sum(-1, keepdim=True)
+        symmetric = torch.equal(W, W.mT)
+        log_degree = (degree.detach().log() + largest.log()).squeeze(-1) if symmetric else None
+        return cls(scaled / degree, log_degree=log_degree)
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., N, N]."""
+        return self.P.shape
+
+    @property
+    def reversible(self) -> bool:  # type: ignore[override]  # follows from the degrees
+        """Whether degrees are known."""
+        return self.log_degree is not None
+
+    @cached_property
+    def row_sums(self) -> Tensor:
+        """Row sums in the best precision at hand: the certificate counts how far from 1 they are."""
+        wide = torch.float32 if self.P.device.type == "mps" else torch.float64
+        return self.P.detach().sum(-1, keepdim=True, dtype=wide)
+
+    def matmul(self, y: Tensor) -> Tensor:
+        """P y."""
+        return torch.matmul(self.P, y)
+
+    def rmatmul(self, v: Tensor) -> Tensor:
+        """Pᵀ v."""
+        return torch.matmul(self.P.mT, v)
+
+    def rows(self, index: Tensor | list[int]) -> Tensor:  # type: ignore[override]
+        """The rows P[index]."""
+        return self.P[..., self._row_index(index), :]
+
+    def dense(self) -> Tensor:
+        """P itself."""
+        return self.P

@@ -1,0 +1,74 @@
+"""y ← MP y + b: the paper's Eq. 3, repeated until its error is known to be small enough."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from graphdiff.operators.base import Transition
+from graphdiff.solvers.base import Iterate, Solver, residual_bound
+
+
+class Problem(NamedTuple):
+    """The operator and µ [..., 1 or N, 1 or K]."""
+
+    operator: Transition
+    mu: Tensor
+
+
+@dataclass(frozen=True)
+class Walk(Solver):
+    """Plain walking: one product a step, for any transition and any µ.
+
+    The error shrinks by µ a step at least, and by µ·max(|λ₂|, |λ_N|) where the walk is reversible and
+    starts at s, so the number of steps is known to be finite before the first: see `solve`.
+
+    Example:
+        >>> import torch, graphdiff as gd
+        >>> P = gd.AttentionTransition(torch.tensor([[1.0], [0.5], [0.0]], dtype=torch.float64))
+        >>> s = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+        >>> sol = gd.solve(P, s, mu=0.5, solver=gd.solvers.Walk())
+        >>> bool(sol.converged), sol.solver
+        (True, 'Walk()')
+    """
+
+    def prepare(self, operator: Transition, mu: Tensor) -> Problem:
+        """Nothing to do beforehand."""
+        return Problem(operator, mu)
+
+    def solve(
+        self, state: Problem, rhs: Tensor, initial: Tensor, target: Tensor, max_steps: int | None
+    ) -> Iterate:
+        """Walk until the bound of each right-hand side is below its target.
+
+        The first residual bounds the first error by B. From there t steps leave at most µᵗB, so more than
+        log(target/B)/log µ of them help only against rounding, and the walk ends there in any case.
+        """
+        operator, mu = state
+        largest = mu.amax(-2, keepdim=True)
+        y = initial
+        steps = torch.zeros(*rhs.shape[:-2], 1, rhs.shape[-1], dtype=torch.int64, device=rhs.device)
+        active = torch.ones_like(steps, dtype=torch.bool)
+        limit: Tensor | None = None
+        while True:
+            walked = mu * operator.matmul(y) + rhs
+            # The residual of y is walked − y, and the walked y has at most µ times its error.
+            bound = largest * residual_bound(operator, mu, walked - y)
+            y = torch.where(active, walked, y)
+            steps = steps + active
+            if limit is None:
+                limit = 1 + _steps_to(target, bound, largest)
+                if max_steps is not None:
+                    limit = limit.clamp(max=max_steps)
+            active = active & (bound > target) & (steps < limit)
+            if not bool(active.any()):
+                counts = steps.squeeze(-2)
+                return Iterate(y, counts, counts)
+
+
+def _steps_to(target: Tensor, bound: Tensor, mu: Tensor) -> Tensor:
+    """The smallest t with µᵗ·bound ≤ target, as integers; 0 where there is nothing to walk."""
+    ratio = (target / bound).double() if target.device.type != "mps" else target / bound
+    t = torch.ceil(torch.log(ratio) / torch.log(mu).to(ratio.dtype))
+    return torch.nan_to_num(t, nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0).long()
