@@ -137,8 +137,8 @@ def solve_certified(
     matvecs = torch.zeros_like(steps)
     for _ in range(1 + MAX_REFINEMENTS):
         left = None if max_steps is None else max_steps - int(steps.max())
-        rounded = [t.to(operator.dtype) for t in (correction, initial, target)]
-        found = solver.solve(state, *rounded, left)
+        b, guess, goal = (t.to(operator.dtype) for t in (correction, initial, target))
+        found = solver.solve(state, b, guess, goal, left)
         refined = x + found.x.to(rhs.dtype)
         residual, new_low, new_high, new_bound = _evidence(precise, mu, rhs, refined)
         steps = steps + torch.where(pending.squeeze(-2), found.steps, 0)
