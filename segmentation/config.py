@@ -1,0 +1,306 @@
+"""Every option of a training run, once: its type, its help, its default, its place on the command line.
+
+A value comes from the recipe of the data set (configs/*.yaml), is overridden by the file given as --config, and that
+by flags. The merged result is saved with the run as config.yaml, which --config accepts again.
+"""
+
+import copy
+import dataclasses
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import typer
+import yaml
+
+from segmentation.errors import UsageError
+
+RECIPES = {"shapes": "shapes.yaml", "voc": "paper.yaml"}
+"""Which recipe a data set has; both are read from the folder configs."""
+
+
+def _option(help_text: str, *names: str, low: float | None = None, high: float | None = None) -> Any:
+    # Defaults are shown as part of the help: click knows only None, since a flag's absence must be told from a value.
+    return typer.Option(*names, help=help_text, min=low, max=high, show_default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run. Fields without a default take it from the data set's recipe."""
+
+    dataset: Annotated[
+        Literal["shapes", "voc"], _option("Built-in generated shapes, or a VOC-layout folder.")
+    ] = "shapes"
+    data_path: Annotated[
+        str | None, _option("Folder that holds JPEGImages, its parent or its grandparent; needed with voc.")
+    ] = None
+    train_split: Annotated[str, _option("List of the images to train on.")] = "train"
+    val_split: Annotated[str, _option("List of the images to score.")] = "val"
+
+    model: Annotated[
+        Literal["difnet", "sim-deeplab"], _option("DifNet, or the baseline without diffusion.")
+    ] = "difnet"
+    backbone: Annotated[
+        Literal["resnet18", "resnet34", "resnet50", "resnet101"], _option("ResNet of each branch.")
+    ]
+    weights_backbone: Annotated[
+        str,
+        _option(
+            "File of ImageNet weights (.pth or .safetensors, torchvision's names), 'none' to start from random "
+            "weights, or 'hub' to fetch timm's; needed with voc."
+        ),
+    ]
+    aspp: Annotated[bool, _option("ASPP, or one plain 3x3 convolution, on the seed branch.")] = True
+    walks: Annotated[
+        tuple[int, ...], _option("Which walks to take: 0 on the image, 1 to 4 on layer1 to layer4.")
+    ] = (0, 1, 2, 3, 4)
+    grid_stride: Annotated[int, _option("Pixels between the nodes of the walks' grid.", low=1)] = 8
+
+    output_dir: Annotated[
+        str | None, _option("Folder of the run. [default: runs/DATASET-MODEL-BACKBONE]")
+    ] = None
+    epochs: Annotated[int | None, _option("Length of the run in epochs.", low=1)] = None
+    max_steps: Annotated[int | None, _option("Length of the run in steps, in place of --epochs.", low=1)] = (
+        None
+    )
+    batch_size: Annotated[int, _option("Images in a step.", low=1)]
+    lr: Annotated[float, _option("Base learning rate, of pretrained parts.", low=0)]
+    head_lr_mult: Annotated[
+        float, _option("Times --lr: the rate of parts that start fresh, µ and β included.", low=0)
+    ]
+    power: Annotated[float, _option("Of the schedule: rate x (1 - step/steps)^power.", low=0)]
+    momentum: Annotated[float, _option("Of SGD.", low=0, high=1)]
+    weight_decay: Annotated[float, _option("Not applied to batch norm, µ and β.", low=0)]
+    crop_size: Annotated[int, _option("Side of training crops in pixels, best of the form 8k+1.", low=1)]
+    scale: Annotated[tuple[float, float], _option("Range of the random scale in training.")]
+
+    seed: Annotated[int, _option("Of initial weights, order and augmentation.", low=0)] = 0
+    workers: Annotated[int, _option("Processes that load data; 0 loads in the training process.", low=0)] = 0
+    threads: Annotated[int, _option("Threads of torch on the CPU; 0 leaves the choice to torch.", low=0)] = 0
+    device: Annotated[Literal["auto", "cpu", "cuda"], _option("Where to compute.")] = "auto"
+    eval_every: Annotated[int, _option("Steps between evaluations, each followed by a checkpoint.", low=1)]
+    log_every: Annotated[
+        int, _option("Steps between lines of progress where there is no terminal.", low=1)
+    ] = 20
+    limit_val_batches: Annotated[
+        int | None, _option("Score only so many images, spread evenly over the split.", low=1)
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Refuse what single values cannot show."""
+        if self.dataset == "voc" and self.data_path is None:
+            raise UsageError("--dataset voc needs --data-path: the folder that holds JPEGImages")
+        if self.dataset == "shapes" and self.data_path is not None:
+            raise UsageError(
+                "--data-path has no use with --dataset shapes, which is generated: pass --dataset voc"
+            )
+        if (self.epochs is None) == (self.max_steps is None):
+            raise UsageError("the length of the run must be given once: as --epochs or as --max-steps")
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise UsageError(
+                f"--scale {self.scale[0]} {self.scale[1]}: expected two factors, 0 < low <= high"
+            )
+        if not self.walks or list(self.walks) != sorted(set(self.walks) & set(range(5))):
+            raise UsageError(
+                f"--walks {','.join(str(w) for w in self.walks)}: expected distinct numbers from 0 to 4 "
+                "in rising order, such as 0,2,4"
+            )
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return Path(self.output_dir or f"runs/{self.dataset}-{self.model}-{self.backbone}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Values that YAML and JSON know; `Config.from_dict` takes them back."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], origin: str) -> "Config":
+        """Take back a saved config; `origin` names where it was saved, for messages."""
+        checked = _checked(values, origin)
+        absent = [
+            field.name for field in dataclasses.fields(cls) if _required(field) and field.name not in checked
+        ]
+        if absent:
+            raise UsageError(f"{origin} lacks {', '.join(absent)}: it was not written by this program")
+        return cls(**checked)
+
+
+_FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+_HINTS = get_type_hints(Config, include_extras=True)
+
+
+def resolve(flags: Mapping[str, Any], config_file: Path | None) -> Config:
+    """Merge recipe < config file < flags; keys whose value is None are not given."""
+    file = {} if config_file is None else _checked(_read_yaml(config_file), str(config_file))
+    given = _checked(flags, "the command line")
+    if given.get("model", file.get("model")) == "sim-deeplab":
+        for key in ("walks", "grid_stride"):
+            if key in given:
+                raise UsageError(f"{_flag(key)} belongs to --model difnet: sim-deeplab has no walks")
+    dataset = given.get("dataset") or file.get("dataset") or Config.dataset
+    values: dict[str, Any] = {}
+    for layer in (_recipe(dataset), file, given):
+        if "epochs" in layer and "max_steps" in layer:
+            raise UsageError("--epochs and --max-steps both give the length of the run: give one of them")
+        if "epochs" in layer or "max_steps" in layer:
+            values.pop("epochs", None)
+            values.pop("max_steps", None)
+        values.update(layer)
+    if "weights_backbone" not in values:
+        # The one choice with data of one's own that has no safe default.
+        raise UsageError(
+            "--weights-backbone is not given: name a file of ImageNet weights, 'hub' to fetch timm's, "
+            "or 'none' to start from random weights"
+        )
+    return Config(**values)
+
+
+def with_config_options(run: Callable[..., None]) -> Callable[..., None]:
+    """Turn `run(config, *, ...)` into a function whose signature typer reads as the full command line.
+
+    The options are the fields of `Config`, `--config FILE`, and the keyword arguments of `run` itself.
+    """
+    recipes = {dataset: _recipe(dataset) for dataset in RECIPES}
+    own = [p for p in inspect.signature(run, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+    @functools.wraps(run)
+    def command(**values: Any) -> None:
+        file = values.pop("config")
+        rest = {parameter.name: values.pop(parameter.name) for parameter in own}
+        run(resolve(values, file), **rest)
+
+    parameters = [_parameter(name, *_cli_type_and_option(name, recipes)) for name in _FIELDS]
+    help_text = (
+        "YAML file of options, under their names with _ for -; flags come before it, it before the recipe."
+    )
+    parameters.append(_parameter("config", Path | None, _option(help_text)))
+    # typer asks inspect for the signature, and wraps() would lead it on to the undecorated function.
+    command.__signature__ = inspect.Signature(parameters + own)  # type: ignore[attr-defined]
+    command.__annotations__ = {}
+    return command
+
+
+def _parameter(name: str, annotation: Any, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
+    )
+
+
+def _cli_type_and_option(name: str, recipes: dict[str, dict[str, Any]]) -> tuple[Any, Any]:
+    """A field's type on the command line, where None means not given, and its option with the default in its help."""
+    annotated, option = get_args(_HINTS[name])
+    field = _FIELDS[name]
+    if not _required(field) and field.default is not None:
+        default = f" [default: {_shown(field.default)}]"
+    elif any(name in recipe for recipe in recipes.values()):
+        shown = {dataset: _shown(recipe[name]) for dataset, recipe in recipes.items() if name in recipe}
+        if len(shown) == len(recipes) and len(set(shown.values())) == 1:
+            default = f" [default: {next(iter(shown.values()))}]"
+        else:
+            default = f" [default: {', '.join(f'{value} for {dataset}' for dataset, value in shown.items())}]"
+    else:
+        default = ""
+    option = copy.copy(option)
+    option.help += default
+    return (str if name == "walks" else annotated) | None, option
+
+
+def _required(field: "dataclasses.Field[Any]") -> bool:
+    return field.default is dataclasses.MISSING
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, (tuple, list)):
+        return (" " if isinstance(value[0], float) else ",").join(str(part) for part in value)
+    return str(value)
+
+
+def _recipe(dataset: str) -> dict[str, Any]:
+    # In a checkout the recipes lie beside the package, in a wheel inside it.
+    package = Path(__file__).parent
+    folder = next(place for place in (package / "configs", package.parent / "configs") if place.is_dir())
+    file = folder / RECIPES[dataset]
+    return _checked(_read_yaml(file), str(file))
+
+
+def _read_yaml(file: Path) -> Mapping[str, Any]:
+    if not file.is_file():
+        raise UsageError(f"--config {file}: no such file")
+    try:
+        values = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as fault:
+        raise UsageError(f"{file} is not YAML: {' '.join(str(fault).split())}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{file}: expected lines of the form `key: value`")
+    return values
+
+
+def _checked(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Values of known keys in their types and bounds; None is dropped."""
+    checked = {}
+    for key, value in values.items():
+        if key not in _FIELDS:
+            nearest = difflib.get_close_matches(str(key).replace("-", "_"), _FIELDS, n=1, cutoff=0)[0]
+            raise UsageError(f"{origin}: unknown option {key!r}; the nearest one is {nearest!r}")
+        if value is not None:
+            checked[key] = _typed(key, value, origin)
+    return checked
+
+
+def _typed(key: str, value: Any, origin: str) -> Any:
+    annotated, option = get_args(_HINTS[key])
+    if isinstance(annotated, UnionType):
+        annotated = next(part for part in get_args(annotated) if part is not NoneType)
+    fault = UsageError(f"{origin}: {key} is {value!r}, expected {_expected(annotated, option)}")
+    if get_origin(annotated) is Literal:
+        if value not in get_args(annotated):
+            raise fault
+        return value
+    if get_origin(annotated) is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        kind, second = get_args(annotated)
+        try:
+            result = tuple(kind(part) for part in parts)
+        except (TypeError, ValueError):
+            raise fault from None
+        if second is not Ellipsis and len(result) != len(get_args(annotated)):
+            raise fault
+        return result
+    if annotated is float and not isinstance(value, bool):
+        # YAML 1.1 reads 1e-3, which has no point, as text.
+        try:
+            value = float(value)
+        except (TypeError, ValueError):
+            raise fault from None
+    if not isinstance(value, annotated) or (annotated is int and isinstance(value, bool)):
+        raise fault
+    if (option.min is not None and not value >= option.min) or (
+        option.max is not None and not value <= option.max
+    ):
+        raise fault
+    return value
+
+
+def _expected(annotated: Any, option: Any) -> str:
+    if get_origin(annotated) is Literal:
+        return f"one of {', '.join(get_args(annotated))}"
+    if get_origin(annotated) is tuple:
+        return "two numbers" if get_args(annotated)[0] is float else "whole numbers such as 0,2,4"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    low = "" if option.min is None else f" of at least {option.min}"
+    high = "" if option.max is None else f" and at most {option.max}"
+    return names[annotated] + low + high
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")

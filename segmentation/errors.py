@@ -1,0 +1,23 @@
+"""Faults of the user, told in one line that names the fix."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be done as asked: an argument, a file or a folder is at fault, not the program.
+
+    The programs print it as one line and end with exit code 2; every other exception is a bug and keeps its
+    traceback.
+    """
+
+
+@contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """End the program with exit code 2 and one line `error: ...` on stderr where a `UsageError` reaches it."""
+    try:
+        yield
+    except UsageError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        raise SystemExit(2) from None

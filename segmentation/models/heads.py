@@ -1,0 +1,48 @@
+"""What stands on the seed branch: the score head and the importance head H."""
+
+import torch
+from torch import Tensor, nn
+
+
+class ASPP(nn.Module):
+    """Score by atrous spatial pyramid pooling as in DeepLabV2: the sum of 3x3 convolutions at several dilations.
+
+    Args:
+        in_channels: channels of the feature map.
+        num_classes: K, channels of the score.
+        dilations: of the convolutions; (1,) is the plain 3x3 convolution of the paper's noASPP row.
+    """
+
+    def __init__(
+        self, in_channels: int, num_classes: int, dilations: tuple[int, ...] = (6, 12, 18, 24)
+    ) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv2d(in_channels, num_classes, 3, padding=dilation, dilation=dilation)
+            for dilation in dilations
+        )
+        for conv in self.convs:
+            # DeepLab's start: scores near 0, so the first losses are those of an undecided network.
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features [B, C, h, w] to a score [B, K, h, w]."""
+        return torch.stack([conv(features) for conv in self.convs]).sum(0)
+
+
+class Importance(nn.Sequential):
+    """H: the importance map M = H(x) in (0, 1) of a score map x [B, K, h, w], as [B, 1, h, w].
+
+    Three times BN-ReLU-conv5x5 without biases, to 8, 4 and 1 channels, then a sigmoid.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        layers: list[nn.Module] = []
+        for in_channels, out_channels in ((num_classes, 8), (8, 4), (4, 1)):
+            layers += [
+                nn.BatchNorm2d(in_channels),
+                nn.ReLU(),
+                nn.Conv2d(in_channels, out_channels, 5, padding=2, bias=False),
+            ]
+        super().__init__(*layers, nn.Sigmoid())
