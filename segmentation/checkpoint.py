@@ -1,8 +1,9 @@
 """Files a run leaves and takes up again.
 
-Two kinds: weights (.safetensors, with a description that suffices to rebuild the model) for use, and the whole state
-of a run (.ckpt, plain tensors, numbers, strings and lists, never pickled objects) for resuming. Each is written under
-another name, forced to the disk and then moved into place, so that a kill at any moment leaves the previous one whole.
+Two kinds: weights (.safetensors, with a description that suffices to rebuild the model) for use, and the
+whole state of a run (.ckpt, plain tensors, numbers, strings and lists, never pickled objects) for resuming.
+Each is written under another name, forced to the disk and then moved into place, so that a kill at any moment
+leaves the previous one whole.
 """
 
 import json
@@ -84,7 +85,8 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], Description]:
         raise UsageError(f"{path} cannot be read as safetensors ({_first_line(fault)}): {hint}") from None
     if metadata.get("format") != FORMAT:
         raise UsageError(
-            f"{path} holds weights, but no description of format {FORMAT}: name one written by segmentation.train"
+            f"{path} holds weights, but no description of format {FORMAT}: "
+            "name one written by segmentation.train"
         )
     config = Config.from_dict(json.loads(metadata["config"]), f"the config inside {path}")
     classes = tuple(json.loads(metadata["classes"]))
@@ -98,8 +100,8 @@ def load_into(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     if own != given:
         differing = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
         raise UsageError(
-            f"{path} is a checkpoint of another architecture: {len(differing)} tensors differ, {differing[0]} first; "
-            "name one that fits the model, or use the version of the program that wrote it"
+            f"{path} is a checkpoint of another architecture: {len(differing)} tensors differ, "
+            f"{differing[0]} first; name one that fits the model, or use the version of graphdiff that wrote it"
         )
     model.load_state_dict(weights)
 
@@ -140,8 +142,8 @@ def check_same_run(state: dict[str, Any], config: Config, classes: tuple[str, ..
             )
     if tuple(state["classes"]) != classes:
         raise UsageError(
-            f"--resume {path} was trained on the classes {', '.join(state['classes'][:4])}, ..., the data has "
-            f"{', '.join(classes[:4])}, ...: give --data-path the data it was trained on"
+            f"--resume {path} was trained on the classes {', '.join(state['classes'][:4])}, ..., the data "
+            f"has {', '.join(classes[:4])}, ...: give --data-path the data it was trained on"
         )
 
 

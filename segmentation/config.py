@@ -1,7 +1,7 @@
 """Every option of a training run, once: its type, its help, its default, its place on the command line.
 
-A value comes from the recipe of the data set (configs/*.yaml), is overridden by the file given as --config, and that
-by flags. The merged result is saved with the run as config.yaml, which --config accepts again.
+A value comes from the recipe of the data set (configs/*.yaml), is overridden by the file given as --config,
+and that by flags. The merged result is saved with the run as config.yaml, which --config accepts again.
 """
 
 import copy
@@ -25,7 +25,8 @@ RECIPES = {"shapes": "shapes.yaml", "voc": "paper.yaml"}
 
 
 def _option(help_text: str, *names: str, low: float | None = None, high: float | None = None) -> Any:
-    # Defaults are shown as part of the help: click knows only None, since a flag's absence must be told from a value.
+    # Defaults are shown as part of the help: click knows only None, since a flag's absence must be told from
+    # a value.
     return typer.Option(*names, help=help_text, min=low, max=high, show_default=False)
 
 
@@ -51,8 +52,8 @@ class Config:
     weights_backbone: Annotated[
         str,
         _option(
-            "File of ImageNet weights (.pth or .safetensors, torchvision's names), 'none' to start from random "
-            "weights, or 'hub' to fetch timm's; needed with voc."
+            "File of ImageNet weights (.pth or .safetensors, torchvision's names), 'none' to start from "
+            "random weights, or 'hub' to fetch timm's; needed with voc."
         ),
     ]
     aspp: Annotated[bool, _option("ASPP, or one plain 3x3 convolution, on the seed branch.")] = True
@@ -195,7 +196,7 @@ def _parameter(name: str, annotation: Any, option: Any) -> inspect.Parameter:
 
 
 def _cli_type_and_option(name: str, recipes: dict[str, dict[str, Any]]) -> tuple[Any, Any]:
-    """A field's type on the command line, where None means not given, and its option with the default in its help."""
+    """A field's type on the command line, None being not given; its option, the default in its help."""
     annotated, option = get_args(_HINTS[name])
     field = _FIELDS[name]
     if not _required(field) and field.default is not None:

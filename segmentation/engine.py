@@ -1,4 +1,4 @@
-"""What training and evaluation share: building from a config, one step, one scoring, the health of the walks."""
+"""What training and evaluation share: building from a config, the loss, one scoring, the walks' health."""
 
 import math
 from collections.abc import Callable
@@ -51,8 +51,8 @@ def total_steps(config: Config, images: int) -> int:
     steps_per_epoch = images // config.batch_size
     if steps_per_epoch == 0:
         raise UsageError(
-            f"--train-split {config.train_split} holds {images} images, fewer than a batch of {config.batch_size}: "
-            "lower --batch-size"
+            f"--train-split {config.train_split} holds {images} images, fewer than a batch of "
+            f"{config.batch_size}: lower --batch-size"
         )
     return config.max_steps or (config.epochs or 0) * steps_per_epoch
 
@@ -77,7 +77,7 @@ class Position:
 
 
 def parameter_groups(model: Model, fresh_parts: frozenset[str], config: Config) -> list[dict[str, Any]]:
-    """SGD's groups: pretrained or fresh, each with or without weight decay, and µ_t and β_t in one of their own.
+    """SGD's groups: pretrained or fresh, with or without weight decay, and one of their own for µ_t and β_t.
 
     Args:
         model: the model.
@@ -176,8 +176,8 @@ def metrics_row(
 def walk_columns(model: DifNet, loader: Loader) -> dict[str, float]:
     """DifNet's own columns of metrics.csv: of each walk µ, β, and the health of its P_t.
 
-    `diagonal` is the median diagonal of P_t: near 1, the walk moves nothing. `hub` is its largest column mass,
-    Σ_i P_ij / N: near 1, the walk sends every node to one. Both are means over the loader's images.
+    `diagonal` is the median diagonal of P_t: near 1, the walk moves nothing. `hub` is its largest column
+    mass, Σ_i P_ij / N: near 1, the walk sends every node to one. Both are means over the loader's images.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -198,7 +198,7 @@ def walk_columns(model: DifNet, loader: Loader) -> dict[str, float]:
     }
 
 
-def _health(P: gd.AttentionTransition, rows: int = 512) -> Tensor:
+def _health(P: gd.Transition, rows: int = 512) -> Tensor:
     """(median diagonal, largest column mass) of P [1, N, N], from so many rows at a time."""
     nodes = P.shape[-1]
     diagonal = []

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class UsageError(ValueError):
-    """What was asked for cannot be done as asked: an argument, a file or a folder is at fault, not the program.
+    """What was asked for cannot be done: an argument, a file or a folder is at fault, not the program.
 
     The programs print it as one line and end with exit code 2; every other exception is a bug and keeps its
     traceback.
@@ -15,7 +15,7 @@ class UsageError(ValueError):
 
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """End the program with exit code 2 and one line `error: ...` on stderr where a `UsageError` reaches it."""
+    """End the program with exit code 2 and one line `error: ...` on stderr if a `UsageError` comes."""
     try:
         yield
     except UsageError as fault:

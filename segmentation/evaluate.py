@@ -62,8 +62,9 @@ def evaluate(
     dataset = engine.build_dataset(config, split)
     if dataset.classes != description.classes:
         raise UsageError(
-            f"{checkpoint} knows the {len(description.classes)} classes {', '.join(description.classes[:4])}, ..., "
-            f"the data has {len(dataset.classes)}: {', '.join(dataset.classes[:4])}, ...: "
+            f"{checkpoint} knows {len(description.classes)} classes "
+            f"({', '.join(description.classes[:4])}, ...), "
+            f"the data has {len(dataset.classes)} ({', '.join(dataset.classes[:4])}, ...): "
             "give --data-path the data it was trained for"
         )
     model = engine.build_model(config, len(dataset.classes))
@@ -95,7 +96,8 @@ def evaluate(
             "checkpoint": str(checkpoint), "step": description.step, "protocol": protocol,
             "classes": list(dataset.classes), "valid_pixels": int(scores.truth.sum()),
             "miou": scores.miou, "majority_miou": scores.majority_miou,
-            "pixel_accuracy": scores.pixel_accuracy, "mean_accuracy": scores.mean_accuracy, "fw_iou": scores.fw_iou,
+            "pixel_accuracy": scores.pixel_accuracy, "mean_accuracy": scores.mean_accuracy,
+            "fw_iou": scores.fw_iou,
         }  # fmt: skip
         (out / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
         if panel:

@@ -21,7 +21,8 @@ _VOID_COLOUR = (0.88, 0.88, 0.82)
 def class_colours(num_classes: int) -> NDArray[np.float64]:
     """Pascal VOC's colour map, [num_classes, 3] in [0, 1].
 
-    The bits of a class number, three at a time, are the highest, next highest, ... bits of red, green and blue.
+    The bits of a class number, three at a time, are the highest, next highest, ... bits of red, green and
+    blue.
     """
     numbers = np.arange(num_classes)[:, None]
     colours = np.zeros((num_classes, 3), dtype=int)
@@ -35,8 +36,9 @@ def class_colours(num_classes: int) -> NDArray[np.float64]:
 def panel(model: DifNet | SimDeepLab, dataset: SegmentationDataset, indices: list[int], file: Path) -> None:
     """Draw what a model makes of some images, a row for each.
 
-    For DifNet: image, truth, argmax of the score x, influence E_i = Σ_k |x_ik|, importance M, argmax of the seed,
-    argmax of each walk's output, prediction (the paper's Figures 2 and 4). For Sim-DeepLab: image, truth, prediction.
+    For DifNet: image, truth, argmax of the score x, influence E_i = Σ_k |x_ik|, importance M, argmax of the
+    seed, argmax of each walk's output, prediction (the paper's Figures 2 and 4). For Sim-DeepLab: image,
+    truth, prediction.
 
     Args:
         model: on any device; left in the mode it was in.

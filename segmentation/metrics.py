@@ -36,7 +36,7 @@ class Scores:
 
     @property
     def iou(self) -> NDArray[np.float64]:
-        """Intersection over union of each class, [C]; nan where neither truth nor prediction has the class."""
+        """Intersection over union of each class, [C]; nan where neither truth nor prediction has it."""
         union = self.truth + self.confusion.sum(0) - self.confusion.diagonal()
         return _ratio(self.confusion.diagonal(), union)
 

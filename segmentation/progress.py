@@ -57,7 +57,7 @@ class Progress:
 
 
 class StopSignal:
-    """Context in which the first SIGINT or SIGTERM is only noted, as `received`; a second one acts as usual."""
+    """Context in which the first SIGINT or SIGTERM is only noted, as `received`; a second acts as usual."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None

@@ -61,7 +61,8 @@ class RunDir:
         if held and not overwrite and not here:
             raise UsageError(
                 f"--output-dir {self.root} is not empty: pass --resume auto to go on with the run in it "
-                f"(which needs its {self.state.name}), --overwrite to replace that run, or another --output-dir"
+                f"(which needs its {self.state.name}), --overwrite to replace that run, or another "
+                "--output-dir"
             )
         return None if resume is None else Path(resume)
 

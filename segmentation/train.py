@@ -133,7 +133,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
                     break
                 epoch = at.step / (len(training_set) // config.batch_size)
                 speed = images / seconds if seconds else math.nan
-                row = engine.metrics_row(at, epoch, schedule.get_last_lr()[0], speed, scores)
+                row = engine.metrics_row(at, epoch, float(schedule.get_last_lr()[0]), speed, scores)
                 if isinstance(model, DifNet):
                     row.update(engine.walk_columns(model, few))
                 run.log(row, scores, classes)
@@ -177,7 +177,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
             progress.step(
                 at.step,
                 loss.item(),
-                schedule.get_last_lr()[0],
+                float(schedule.get_last_lr()[0]),
                 images / seconds,
                 seconds / (images / len(image)),
             )
@@ -218,9 +218,11 @@ def _introduction(
     else:
         start = f"the backbone starts from {config.weights_backbone}"
     lines = [
-        f"{config.model} on {config.backbone}, {millions:.2f} M parameters, {len(training_set.classes)} classes; {start}",
+        f"{config.model} on {config.backbone}, {millions:.2f} M parameters, {len(training_set.classes)} "
+        f"classes; {start}",
         f"{config.dataset}: {len(training_set)} images to train on ({config.train_split}), "
-        f"{len(validation_set)} to score ({config.val_split}); {total} steps of {config.batch_size} on {device}",
+        f"{len(validation_set)} to score ({config.val_split}); {total} steps of {config.batch_size} on "
+        f"{device}",
     ]
     training_names = {training_set.name(index) for index in range(len(training_set))}
     shared = sum(validation_set.name(index) in training_names for index in range(len(validation_set)))
@@ -244,13 +246,14 @@ def _report(
     print(scores.table(classes))
     print(
         f"mIoU {100 * scores.miou:.2f} after the last step (best {100 * best_miou:.2f}), "
-        f"{scores.miou / scores.majority_miou:.1f} times the {100 * scores.majority_miou:.2f} of the majority class"
+        f"{scores.miou / scores.majority_miou:.1f} times the {100 * scores.majority_miou:.2f} of the "
+        "majority class"
     )
     if isinstance(model, DifNet):
         print()
         print("walk    " + "".join(f"{walk:8d}" for walk in model.walks))
-        print("µ       " + "".join(f"{float(mu):8.4f}" for mu in model.cascade.mu))
-        print("β       " + "".join(f"{float(beta):8.4f}" for beta in model.cascade.beta))
+        print("µ       " + "".join(f"{float(mu):8.4f}" for mu in model.cascade.mu.detach()))
+        print("β       " + "".join(f"{float(beta):8.4f}" for beta in model.cascade.beta.detach()))
         print("(both start at 0.5 and move slowly: in a run of some hundred steps they hardly leave it)")
     print()
     for file in run.files():

@@ -19,8 +19,8 @@ from segmentation.data.transforms import evaluation_transform
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """The batches of steps first_step, ..., last_step - 1, as lists of (epoch, index).
 
-    Each epoch is a permutation of the images drawn from (seed, epoch); images left over at its end, too few for a
-    batch, are dropped.
+    Each epoch is a permutation of the images drawn from (seed, epoch); images left over at its end, too few
+    for a batch, are dropped.
 
     Args:
         images: number of images in the split, at least batch_size.
@@ -53,8 +53,8 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
     """Training samples by (epoch, index): image float [3, crop, crop], label int64 [crop, crop].
 
-    Each sample is transformed with random numbers drawn from (seed, epoch, index) alone, and leaves torch's own
-    stream of random numbers as it found it.
+    Each sample is transformed with random numbers drawn from (seed, epoch, index) alone, and leaves torch's
+    own stream of random numbers as it found it.
     """
 
     def __init__(self, dataset: SegmentationDataset, transform: v2.Transform, seed: int) -> None:
@@ -65,7 +65,8 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, index = key
         with torch.random.fork_rng(devices=[]):
-            # The CPU generator only: torch.manual_seed would reseed the accelerators too, which nothing restores.
+            # The CPU generator only: torch.manual_seed would reseed the accelerators too, which nothing
+            # restores.
             torch.default_generator.manual_seed(_derived_seed(self.seed, epoch, index))
             image, label = self.transform(*self.dataset[index])
         return image.as_subclass(Tensor), label.as_subclass(Tensor)
@@ -125,7 +126,7 @@ def _derived_seed(*parts: int) -> int:
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the training process ends its step first and
-    # then ends its workers.
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the training process ends its step first
+    # and then ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

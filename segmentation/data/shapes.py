@@ -1,9 +1,9 @@
 """`shapes`: textured objects on textured ground, drawn on the fly; nothing is stored.
 
-Five kinds of object, each with a form and a texture of its own: spotted discs, ringed rings, striped bars, checked
-crosses and speckled snakes. Colours are drawn at random for object and ground alike, so a colour tells nothing about
-the class. Bars, ring walls, cross arms and snakes are 8 to 12 pixels wide: about one cell of a stride-8 grid.
-Objects hide one another, the light is uneven and every pixel is noisy.
+Five kinds of object, each with a form and a texture of its own: spotted discs, ringed rings, striped bars,
+checked crosses and speckled snakes. Colours are drawn at random for object and ground alike, so a colour
+tells nothing about the class. Bars, ring walls, cross arms and snakes are 8 to 12 pixels wide: about one cell
+of a stride-8 grid. Objects hide one another, the light is uneven and every pixel is noisy.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from torchvision import tv_tensors
 from segmentation.errors import UsageError
 
 Array = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 
 SPLITS = {"train": 8192, "val": 96, "test": 384}
 """Images in each split."""
@@ -37,7 +38,7 @@ class ShapesDataset:
         UsageError: for a split that does not exist.
     """
 
-    classes = ("ground", "disc", "ring", "bar", "cross", "snake")
+    classes: tuple[str, ...] = ("ground", "disc", "ring", "bar", "cross", "snake")
 
     def __init__(self, split: str, seed: int = 7, size: int = 97) -> None:
         if split not in SPLITS:
@@ -87,7 +88,8 @@ def draw(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], NDArra
     image = image.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3).mean((1, 3))
     image *= 1 + 0.2 * _field(rng, size, 4)[..., None]
     image += rng.uniform(4, 14) * rng.standard_normal(image.shape, dtype=np.float32)
-    # The label of a pixel is that of one of its samples: a border pixel belongs to one class, as a person would draw.
+    # The label of a pixel is that of one of its samples: a border pixel belongs to one class, as a person
+    # would draw.
     label = label[SUPERSAMPLING // 2 :: SUPERSAMPLING, SUPERSAMPLING // 2 :: SUPERSAMPLING]
     return np.clip(image, 0, 255).astype(np.uint8), np.ascontiguousarray(label)
 
@@ -95,35 +97,40 @@ def draw(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], NDArra
 # Forms: (rng, coordinates along and across the object's axis in pixels, image side) -> inside or not.
 
 
-def _disc(rng: np.random.Generator, along: Array, across: Array, size: int) -> NDArray[np.bool_]:
+def _disc(rng: np.random.Generator, along: Array, across: Array, size: int) -> Mask:
     radius = rng.uniform(0.11, 0.19) * size
-    return np.hypot(along, across * rng.uniform(1.0, 1.4)) < radius
+    inside: Mask = np.hypot(along, across * rng.uniform(1.0, 1.4)) < radius
+    return inside
 
 
-def _ring(rng: np.random.Generator, along: Array, across: Array, size: int) -> NDArray[np.bool_]:
+def _ring(rng: np.random.Generator, along: Array, across: Array, size: int) -> Mask:
     radius, wall = rng.uniform(0.17, 0.24) * size, rng.uniform(8, 12)
-    return np.abs(np.hypot(along, across) - radius) < wall / 2
+    inside: Mask = np.abs(np.hypot(along, across) - radius) < wall / 2
+    return inside
 
 
-def _bar(rng: np.random.Generator, along: Array, across: Array, size: int) -> NDArray[np.bool_]:
+def _bar(rng: np.random.Generator, along: Array, across: Array, size: int) -> Mask:
     length, width = rng.uniform(0.45, 0.75) * size, rng.uniform(8, 12)
-    return (np.abs(along) < length / 2) & (np.abs(across) < width / 2)
+    inside: Mask = (np.abs(along) < length / 2) & (np.abs(across) < width / 2)
+    return inside
 
 
-def _cross(rng: np.random.Generator, along: Array, across: Array, size: int) -> NDArray[np.bool_]:
+def _cross(rng: np.random.Generator, along: Array, across: Array, size: int) -> Mask:
     reach, width = rng.uniform(0.15, 0.22) * size, rng.uniform(9, 12)
     near, far = np.minimum(np.abs(along), np.abs(across)), np.maximum(np.abs(along), np.abs(across))
-    return (near < width / 2) & (far < reach)
+    inside: Mask = (near < width / 2) & (far < reach)
+    return inside
 
 
-def _snake(rng: np.random.Generator, along: Array, across: Array, size: int) -> NDArray[np.bool_]:
+def _snake(rng: np.random.Generator, along: Array, across: Array, size: int) -> Mask:
     length, width = rng.uniform(0.5, 0.8) * size, rng.uniform(8, 11)
     wave = 2 * np.pi / (rng.uniform(0.3, 0.4) * size)
     swing, phase = rng.uniform(0.05, 0.07) * size, rng.uniform(0, 2 * np.pi)
     # Dividing by the length of the curve's tangent keeps the width even where it climbs.
     slope = swing * wave * np.cos(wave * along + phase)
     distance = np.abs(across - swing * np.sin(wave * along + phase)) / np.sqrt(1 + slope**2)
-    return (distance < width / 2) & (np.abs(along) < length / 2)
+    inside: Mask = (distance < width / 2) & (np.abs(along) < length / 2)
+    return inside
 
 
 # Textures: (rng, coordinates) -> brightness in [0, 1], between the object's two colours.
@@ -131,30 +138,35 @@ def _snake(rng: np.random.Generator, along: Array, across: Array, size: int) -> 
 
 def _spots(rng: np.random.Generator, along: Array, across: Array) -> Array:
     wave = 2 * np.pi / rng.uniform(5, 7)
-    return (np.cos(wave * along) + np.cos(wave * across) > 0.6).astype(np.float32)
+    brightness: Array = (np.cos(wave * along) + np.cos(wave * across) > 0.6).astype(np.float32)
+    return brightness
 
 
 def _circles(rng: np.random.Generator, along: Array, across: Array) -> Array:
-    return (0.5 + 0.5 * np.cos(2 * np.pi / rng.uniform(3.2, 4.5) * np.hypot(along, across))).astype(
+    brightness: Array = (0.5 + 0.5 * np.cos(2 * np.pi / rng.uniform(3.2, 4.5) * np.hypot(along, across))).astype(
+    return brightness
         np.float32
     )
 
 
 def _stripes(rng: np.random.Generator, along: Array, across: Array) -> Array:
-    return (np.cos(2 * np.pi / rng.uniform(5, 8) * along) > 0).astype(np.float32)
+    brightness: Array = (np.cos(2 * np.pi / rng.uniform(5, 8) * along) > 0).astype(np.float32)
+    return brightness
 
 
 def _checks(rng: np.random.Generator, along: Array, across: Array) -> Array:
     wave = np.pi / rng.uniform(2.5, 3.5)
-    return (np.cos(wave * along) * np.cos(wave * across) > 0).astype(np.float32)
+    brightness: Array = (np.cos(wave * along) * np.cos(wave * across) > 0).astype(np.float32)
+    return brightness
 
 
 def _speckle(rng: np.random.Generator, along: Array, across: Array) -> Array:
     noise = rng.standard_normal(along.shape, dtype=np.float32)
-    return (gaussian_filter(noise, 0.9 * SUPERSAMPLING, truncate=2) > 0).astype(np.float32)
+    brightness: Array = (gaussian_filter(noise, 0.9 * SUPERSAMPLING, truncate=2) > 0).astype(np.float32)
+    return brightness
 
 
-_Form = Callable[[np.random.Generator, Array, Array, int], NDArray[np.bool_]]
+_Form = Callable[[np.random.Generator, Array, Array, int], Mask]
 _Texture = Callable[[np.random.Generator, Array, Array], Array]
 _KINDS: tuple[tuple[_Form, _Texture], ...] = (
     (_disc, _spots),
@@ -169,7 +181,8 @@ def _ground(rng: np.random.Generator, size: int) -> Array:
     """Brightness in [0, 1]: soft clouds and a faint grain, both without direction."""
     clouds = _field(rng, size, int(rng.integers(4, 8))) + 0.5 * _field(rng, size, 16)
     grain = gaussian_filter(rng.standard_normal((size, size), dtype=np.float32), rng.uniform(0.5, 1.0))
-    return np.clip(0.5 + 0.2 * clouds + 0.1 * grain / grain.std(), 0, 1)
+    brightness: Array = np.clip(0.5 + 0.2 * clouds + 0.1 * grain / grain.std(), 0, 1)
+    return brightness
 
 
 def _field(rng: np.random.Generator, size: int, knots: int) -> Array:

@@ -1,7 +1,7 @@
 """Joint transforms of an image and its label: how images are augmented in training and prepared for scoring.
 
-Once an image is normalised, 0 is the channel mean: padding with 0 is padding with the mean. Labels are padded with
-void. Padding goes to the right and to the bottom, so that pixel (0, 0) stays where it is.
+Once an image is normalised, 0 is the channel mean: padding with 0 is padding with the mean. Labels are padded
+with void. Padding goes to the right and to the bottom, so that pixel (0, 0) stays where it is.
 """
 
 import math
@@ -85,7 +85,8 @@ def evaluation_transform(image: tv_tensors.Image, eval_size: int) -> Tensor:
     stride-8 network lie on the first and the last pixel.
 
     Returns:
-        float32 [3, H', W']. What a network says about rows and columns beyond the image's own is to be cut off.
+        float32 [3, H', W']. What a network says about rows and columns beyond the image's own is to be cut
+        off.
     """
     height, width = image.shape[-2:]
     bottom, right = padded_side(height, eval_size) - height, padded_side(width, eval_size) - width

@@ -1,7 +1,7 @@
-"""Any folder in Pascal VOC's layout: JPEGImages/ID.jpg, SegmentationClass/ID.png, ImageSets/Segmentation/SPLIT.txt.
+"""Any folder in VOC's layout: JPEGImages/ID.jpg, SegmentationClass/ID.png, ImageSets/Segmentation/SPLIT.txt.
 
-Label files hold class indices, as palette (P) or grey (L) PNGs, 255 = void; they are read as they are, since a
-conversion through RGB turns indices into other indices without a word.
+Label files hold class indices, as palette (P) or grey (L) PNGs, 255 = void; they are read as they are, since
+a conversion through RGB turns indices into other indices without a word.
 """
 
 from pathlib import Path
@@ -17,7 +17,8 @@ from segmentation.errors import UsageError
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+    "tvmonitor",
 )  # fmt: skip
 
 LABELS_READ_UP_FRONT = 500
@@ -27,9 +28,9 @@ LABELS_READ_UP_FRONT = 500
 class VOCDataset:
     """One split of a VOC-layout folder.
 
-    Building it checks what can be checked without decoding every image: the folders, the list, that every listed
-    image has a label of its own size, and the values of up to `LABELS_READ_UP_FRONT` labels. The values of every
-    label are checked again when it is loaded.
+    Building it checks what can be checked without decoding every image: the folders, the list, that every
+    listed image has a label of its own size, and the values of up to `LABELS_READ_UP_FRONT` labels. The
+    values of every label are checked again when it is loaded.
 
     Args:
         data_path: the folder that holds JPEGImages, its parent or its grandparent (VOCdevkit).
@@ -58,8 +59,8 @@ class VOCDataset:
                 )
             if identifier not in labels:
                 raise UsageError(
-                    f"image {identifier!r} has no label: add {self.root / 'SegmentationClass' / identifier}.png, "
-                    f"or take the ID off {list_file}"
+                    f"image {identifier!r} has no label: "
+                    f"add {self.root / 'SegmentationClass' / identifier}.png, or take the ID off {list_file}"
                 )
         self._images = [images[identifier] for identifier in self.ids]
         self._labels = [labels[identifier] for identifier in self.ids]
@@ -96,9 +97,10 @@ class VOCDataset:
         foreign = [int(value) for value in present if len(self.classes) <= value != VOID]
         if foreign:
             raise UsageError(
-                f"{path} holds the label values {_shortened(foreign)}, but there are {len(self.classes)} classes: "
-                f"values must lie in 0..{len(self.classes) - 1}, or be 255 for void; "
-                f"name all classes in {self.root / 'classes.txt'} (one per line, in index order) or mend the labels"
+                f"{path} holds the label values {_shortened(foreign)}, but there are {len(self.classes)} "
+                f"classes: values must lie in 0..{len(self.classes) - 1}, or be 255 for void; "
+                f"name all classes in {self.root / 'classes.txt'} (one per line, in index order) or mend "
+                "the labels"
             )
         return label.astype(np.int64)
 
@@ -111,7 +113,8 @@ def find_root(data_path: Path) -> Path:
         found = sorted(folder for folder in candidates if (folder / "JPEGImages").is_dir())
         if len(found) > 1:
             raise UsageError(
-                f"--data-path {data_path} holds several data sets ({', '.join(str(f) for f in found)}): name one"
+                f"--data-path {data_path} holds several data sets ({', '.join(str(f) for f in found)}): "
+                "name one"
             )
         if found:
             if not (found[0] / "SegmentationClass").is_dir():
@@ -168,8 +171,8 @@ def _check_sizes(image_path: Path, label_path: Path) -> None:
     with _open(image_path) as image, _open(label_path) as label:
         if label.mode not in ("P", "L"):
             raise UsageError(
-                f"{label_path} is a {label.mode} image, not class indices: colours cannot be mapped back to classes "
-                "safely; save labels as palette (P) or grey (L) PNGs whose pixel values are the class indices"
+                f"{label_path} is a {label.mode} image, not class indices: colours cannot be mapped back to "
+                "classes safely; save labels as palette (P) or grey (L) PNGs whose values are the class indices"
             )
         if image.size != label.size:
             raise UsageError(

@@ -1,6 +1,7 @@
 """ResNets of output stride 8 from timm, and the weights they start from.
 
-The stride of layer3 and layer4 is replaced by dilation 2 and 4, so an image of 8k+1 pixels becomes a map of k+1.
+The stride of layer3 and layer4 is replaced by dilation 2 and 4, so an image of 8k+1 pixels becomes a map of
+k+1.
 """
 
 import pickle
@@ -71,8 +72,8 @@ def _fit(state: dict[str, Tensor], name: str, origin: str) -> frozenset[str]:
     present = {key.split(".")[0] for key in state} & set(PARTS)
     if not present:
         raise UsageError(
-            f"{origin} holds no ResNet weights: expected names such as conv1.weight and layer1.0.conv1.weight, "
-            f"found {', '.join(sorted(state)[:3]) or 'nothing'}"
+            f"{origin} holds no ResNet weights: expected names such as conv1.weight and "
+            f"layer1.0.conv1.weight, found {', '.join(sorted(state)[:3]) or 'nothing'}"
         )
     given = {key for key in state if key.split(".")[0] in PARTS and not key.endswith("num_batches_tracked")}
     needed = {
@@ -97,8 +98,8 @@ def _fit(state: dict[str, Tensor], name: str, origin: str) -> frozenset[str]:
 def _read_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UsageError(
-            f"--weights-backbone {path}: no such file; name a file of ImageNet weights (.pth or .safetensors), "
-            "'hub' to fetch timm's, or 'none' to start from random weights"
+            f"--weights-backbone {path}: no such file; name a file of ImageNet weights (.pth or "
+            ".safetensors), 'hub' to fetch timm's, or 'none' to start from random weights"
         )
     try:
         if path.suffix == ".safetensors":
@@ -112,7 +113,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UsageError(
-            f"--weights-backbone {path} is no plain state dict of names and tensors: save model.state_dict() alone"
+            f"--weights-backbone {path} is no plain state dict of names and tensors: save "
+            "model.state_dict() alone"
         )
     return state
 

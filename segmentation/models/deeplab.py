@@ -1,4 +1,7 @@
-"""Sim-DeepLab, the paper's baseline: a dilated ResNet, ASPP, bilinear upsampling; no CRF, no multi-scale input."""
+"""Sim-DeepLab, the paper's baseline: DeepLabV2 without CRF, multi-scale input and COCO.
+
+logits = bilinear upsampling of ASPP(dilated ResNet(image))
+"""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,5 +42,6 @@ def score_head(in_channels: int, num_classes: int, aspp: bool) -> ASPP:
 
 def upsample(score: Tensor, image: Tensor) -> Tensor:
     """Bilinear upsampling of a score [B, K, h, w] to the size of the image [B, 3, H, W]."""
-    # Point (i, j) of a stride-8 ResNet is centred on pixel (8i, 8j): corners are aligned, exactly so at sizes 8k+1.
+    # Point (i, j) of a stride-8 ResNet is centred on pixel (8i, 8j): corners are aligned, exactly so at sizes
+    # 8k+1.
     return F.interpolate(score, size=image.shape[-2:], mode="bilinear", align_corners=True)

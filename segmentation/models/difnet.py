@@ -47,7 +47,8 @@ class DifNet(nn.Module):
         backbone: "resnet18", "resnet34", "resnet50" or "resnet101", for both branches.
         num_classes: K.
         aspp: False puts one plain 3x3 convolution in the place of ASPP (the paper's noASPP).
-        walks: which of the five walks to take, in rising order; (0, 2, 4) is the paper's "without 2-th and 4-th".
+        walks: which of the five walks to take, in rising order; (0, 2, 4) is the paper's "without 2-th
+            and 4-th".
         grid_stride: pixels between neighbouring nodes of the walks' grid.
     """
 
@@ -103,7 +104,7 @@ class DifNet(nn.Module):
         layers = [] if self.similarity_branch is None else self.similarity_branch(image)
         return [image, *layers] if 0 in self.walks else layers
 
-    def transitions(self, image: Tensor) -> list[gd.AttentionTransition]:
+    def transitions(self, image: Tensor) -> list[gd.Transition]:
         """The operators P_t of the walks over this image's grid."""
         return self.cascade.transitions(self.similarity_features(image), grid=self._grid(image))
 

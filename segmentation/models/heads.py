@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class ASPP(nn.Module):
-    """Score by atrous spatial pyramid pooling as in DeepLabV2: the sum of 3x3 convolutions at several dilations.
+    """Atrous spatial pyramid pooling as in DeepLabV2: a sum of 3x3 convolutions at several dilations.
 
     Args:
         in_channels: channels of the feature map.
@@ -17,14 +17,13 @@ class ASPP(nn.Module):
         self, in_channels: int, num_classes: int, dilations: tuple[int, ...] = (6, 12, 18, 24)
     ) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(
-            nn.Conv2d(in_channels, num_classes, 3, padding=dilation, dilation=dilation)
-            for dilation in dilations
-        )
-        for conv in self.convs:
+        convs = [nn.Conv2d(in_channels, num_classes, 3, padding=d, dilation=d) for d in dilations]
+        for conv in convs:
             # DeepLab's start: scores near 0, so the first losses are those of an undecided network.
             nn.init.normal_(conv.weight, std=0.01)
+            assert conv.bias is not None
             nn.init.zeros_(conv.bias)
+        self.convs = nn.ModuleList(convs)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features [B, C, h, w] to a score [B, K, h, w]."""
