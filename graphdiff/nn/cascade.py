@@ -64,7 +64,7 @@ class WalkStep(nn.Module):
         """The values, and which of them are learned."""
         kinds = [("µ", self.mu, self.learn_mu), ("β", self.beta, self.learn_beta)]
         return ", ".join(
-            f"{name}={float(value):.4g} ({'learned' if learned else 'fixed'})"
+            f"{name}={float(value.detach()):.4g} ({'learned' if learned else 'fixed'})"
             for name, value, learned in kinds
         )
 

@@ -162,7 +162,7 @@ def _attention_backward(
 def _(
     query: Tensor, key: Tensor, y: Tensor, value: Tensor, lse: Tensor, g_value: Tensor, g_lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(y)
+    return query.new_empty(query.shape), key.new_empty(key.shape), y.new_empty(y.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -196,17 +196,33 @@ _attention_backward.register_autograd(_double_backward, setup_context=_save_inpu
 
 
 def _padded(x: Tensor, width: int) -> Tensor:
-    """x [B, N, d] as [B, 1 head, N, width], filled up with zeros."""
-    return torch.nn.functional.pad(x, (0, width - x.shape[-1])).unsqueeze(1)
+    """x [B, N, d] as [B, 1 head, N, width], filled up with zeros and contiguous.
+
+    Below the door of torch's public function the kernel takes the last stride to be 1, unasked.
+    """
+    return torch.nn.functional.pad(x, (0, width - x.shape[-1])).contiguous().unsqueeze(1)
+
+
+def _width(channels: int, dtype: torch.dtype) -> int:
+    """Channels rounded up to whole 64-byte lines.
+
+    Matrix products round differently where memory is aligned differently: with whole lines every graph of a
+    batch starts as it would alone, and its answer has the same bits in any company.
+    """
+    line = 64 // dtype.itemsize
+    return -(-channels // line) * line
 
 
 def fused_forward(query: Tensor, key: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Value and log-sum-exp by torch's fused CPU attention, which wants values as wide as keys."""
-    width = max(query.shape[-1], y.shape[-1])
+    nodes, channels = query.shape[-2], y.shape[-1]
+    width = _width(max(query.shape[-1], channels), y.dtype)
+    # Below 32 queries the kernel's own scratch memory would not consist of whole lines either.
+    query = torch.nn.functional.pad(query, (0, 0, 0, max(0, 32 - nodes)))
     value, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         _padded(query, width), _padded(key, width), _padded(y, width), scale=1.0
     )
-    return value[:, 0, :, : y.shape[-1]].contiguous(), lse[:, 0].to(query.dtype)
+    return value[:, 0, :nodes, :channels].contiguous(), lse[:, 0, :nodes].to(query.dtype).contiguous()
 
 
 def fused_backward(
@@ -218,7 +234,7 @@ def fused_backward(
     need δ_i − g_lse_i: one more column, with 1 in g, −g_lse in the value and 0 in y, adds just that.
     """
     channels = y.shape[-1]
-    width = max(query.shape[-1], channels + 1)
+    width = _width(max(query.shape[-1], channels + 1), y.dtype)
     g = _padded(torch.cat([g_value, torch.ones_like(g_lse).unsqueeze(-1)], -1), width)
     out = _padded(torch.cat([value, -g_lse.unsqueeze(-1)], -1), width)
     g_query, g_key, g_y = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -276,7 +292,7 @@ def blocked_backward(
     rather than kept, so second derivatives need no N×N matrix either.
     """
     shift = g_lse - (g_value * value).sum(-1)
-    g_query, g_key, g_y = [], torch.zeros_like(key), torch.zeros_like(y)
+    g_query, g_key, g_y = [], key.new_zeros(key.shape), y.new_zeros(y.shape)
     for block in _row_blocks(query, key):
         arguments = (query[:, block], key, y, lse[:, block], g_value[:, block], shift[:, block])
         if torch.is_grad_enabled():

@@ -5,6 +5,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from graphdiff import checks
 from graphdiff.operators.base import Transition
@@ -104,11 +105,32 @@ class DenseTransition(Transition):
 
     def matmul(self, y: Tensor) -> Tensor:
         """P y."""
-        return torch.matmul(self.P, y)
+        return self._product(self._in_lines(), y)
 
     def rmatmul(self, v: Tensor) -> Tensor:
         """Pᵀ v."""
-        return torch.matmul(self.P.mT, v)
+        return self._product(self._in_lines().mT, v)
+
+    def _product(self, P: Tensor, y: Tensor) -> Tensor:
+        nodes, channels = y.shape[-2:]
+        # A single column alone would go through a matrix-vector kernel, in a batch through another.
+        y = pad(y, (0, 1 if channels == 1 else 0, 0, P.shape[-1] - nodes))
+        batch = torch.broadcast_shapes(P.shape[:-2], y.shape[:-2])  # type: ignore[no-untyped-call]
+        flat = [x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (P, y)]
+        return torch.bmm(*flat).reshape(*batch, *y.shape[-2:])[..., :nodes, :channels]
+
+    def _in_lines(self) -> Tensor:
+        """P filled up to whole 64-byte lines, so that a graph has the same bits alone and in a batch.
+
+        Matrix products round differently where memory is aligned differently.
+        """
+        if self.P.requires_grad and torch.is_grad_enabled():
+            return _filled_up(self.P)
+        return self._filled_up_once
+
+    @cached_property
+    def _filled_up_once(self) -> Tensor:
+        return _filled_up(self.P.detach())
 
     def rows(self, index: Tensor | list[int]) -> Tensor:  # type: ignore[override]
         """The rows P[index]."""
@@ -117,3 +139,8 @@ class DenseTransition(Transition):
     def dense(self) -> Tensor:
         """P itself."""
         return self.P
+
+
+def _filled_up(P: Tensor) -> Tensor:
+    surplus = -P.shape[-1] % (64 // P.dtype.itemsize)
+    return pad(P, (0, surplus, 0, surplus))

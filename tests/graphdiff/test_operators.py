@@ -1,0 +1,236 @@
+"""Transitions: products, transposes, rows and facts against the dense matrix."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+
+import graphdiff as gd
+from graphdiff.operators import attention as attention_module
+from graphdiff.operators.attention import (
+    _attention,
+    _attention_backward,
+    attention,
+    blocked_backward,
+    blocked_forward,
+    fused_backward,
+    fused_forward,
+)
+from tests.graphdiff.zoo import OPERATORS, Problem, problems
+
+
+def randn(*shape, seed=3, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@given(problems())
+def test_products_and_rows_equal_the_dense_matrix(problem: Problem):
+    P, D, y = problem.P, problem.dense, problem.s
+    size = y.abs().max()
+    torch.testing.assert_close(P @ y, D @ y, rtol=0, atol=float(1e-12 * size))
+    torch.testing.assert_close(P.T @ y, D.mT @ y, rtol=0, atol=float(1e-11 * size))
+    torch.testing.assert_close(P.dense(), D, rtol=0, atol=1e-12)
+    torch.testing.assert_close(P.T.dense(), D.mT, rtol=0, atol=1e-12)
+    index = torch.arange(P.shape[-1]).flip(0)[:2]
+    torch.testing.assert_close(P.rows(index), D[..., index, :], rtol=0, atol=1e-12)
+    torch.testing.assert_close(P.T.rows(index), D.mT[..., index, :], rtol=0, atol=1e-12)
+    assert P.T.T is P
+    assert P.T.shape == P.shape
+
+
+@given(problems())
+def test_rows_sum_to_one_and_the_transpose_conserves_mass(problem: Problem):
+    ones = torch.ones_like(problem.s)
+    torch.testing.assert_close(problem.P @ ones, ones, rtol=1e-13, atol=0)
+    size = float(problem.s.abs().sum())
+    torch.testing.assert_close((problem.P.T @ problem.s).sum(-2), problem.s.sum(-2), rtol=0, atol=1e-12 * size)
+
+
+@given(problems())
+def test_adjoint_identity(problem: Problem):
+    x, y = problem.s, problem.s.flip(-2)
+    left, right = ((problem.P @ x) * y).sum(), (x * (problem.P.T @ y)).sum()
+    torch.testing.assert_close(left, right, rtol=0, atol=float(1e-12 * x.abs().max() ** 2 * x.numel()))
+
+
+@given(problems())
+def test_relabelling_nodes_relabels_products(problem: Problem):
+    n = problem.s.shape[-2]
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(7))
+    leaf = problem.leaf[..., order, :]
+    if leaf.shape[-1] == leaf.shape[-2] and "attention" not in problem.name:
+        leaf = leaf[..., order]
+    relabelled = OPERATORS[problem.name].build(leaf)
+    torch.testing.assert_close(
+        relabelled @ problem.s[..., order, :],
+        (problem.P @ problem.s)[..., order, :],
+        rtol=0,
+        atol=float(1e-12 * problem.s.abs().max()),
+    )
+
+
+@given(problems())
+def test_stated_facts_are_true(problem: Problem):
+    P, D = problem.P, problem.dense
+    if P.reversible:
+        flow = (P.log_degree - P.log_degree.amax(-1, keepdim=True)).exp().unsqueeze(-1) * D
+        torch.testing.assert_close(flow, flow.mT, rtol=1e-9, atol=1e-12)
+    if P.positive_semidefinite:
+        eigenvalues = torch.linalg.eigvals(D).real
+        assert eigenvalues.min() > -1e-9
+        assert eigenvalues.max() < 1 + 1e-9
+    assert P.reversible == (problem.name != "directed" or P.shape[-1] == 1)
+
+
+def test_default_transpose_and_rows_come_from_the_product_alone():
+    class Bare(gd.DenseTransition):
+        rmatmul = gd.Transition.rmatmul
+        rows = gd.Transition.rows
+        dense = gd.Transition.dense
+
+    D = torch.softmax(randn(5, 5), -1)
+    P, y = Bare(D), randn(5, 2).requires_grad_()
+    torch.testing.assert_close(P.T @ y, D.T @ y)
+    torch.testing.assert_close(P.rows([3, 1]), D[[3, 1]])
+    torch.testing.assert_close(P.dense(), D)
+    assert gradgradcheck(lambda v: P.T @ v.sin(), (y,))
+
+
+def test_one_signal_comes_back_as_it_was_given():
+    P = gd.AttentionTransition(randn(4, 2))
+    assert (P @ randn(4)).shape == (4,)
+    assert (P @ randn(4, 1)).shape == (4, 1)
+    assert (gd.AttentionTransition(randn(3, 4, 2)) @ randn(4)).shape == (3, 4)
+
+
+def test_to_changes_dtype_and_keeps_everything_else():
+    P = gd.AttentionTransition(randn(4, 2), scale=0.5)
+    Q = P.T.to(torch.float32)
+    assert Q.dtype == torch.float32
+    assert Q.T.scale == 0.5
+    assert P.to(torch.float64) is P
+    W = randn(4, 4).abs()
+    assert gd.DenseTransition.from_affinity(W + W.T).to(torch.float32).reversible
+    with pytest.raises(TypeError, match="floating-point dtype"):
+        P.to(torch.int64)
+
+
+def test_affinities_of_any_size_are_normalised():
+    W = torch.tensor([[1e-320, 1e-320], [1e308, 1e308]], dtype=torch.float64)
+    torch.testing.assert_close(gd.DenseTransition.from_affinity(W).P, torch.full_like(W, 0.5))
+
+
+# --- attention: value, log-sum-exp, every gradient, both kernels
+
+
+def dense_attention(q, k, y):
+    logits = q @ k.mT
+    return torch.softmax(logits, -1) @ y, logits.logsumexp(-1)
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.integers(1, 7), st.sampled_from([0.1, 1.0, 6.0])
+)
+def test_attention_equals_the_dense_softmax_in_value_and_all_gradients(n, m, d, channels, size):
+    q, k, y = randn(2, n, d) * size, randn(2, m, d, seed=4), randn(2, m, channels, seed=5)
+    leaves = [x.requires_grad_() for x in (q, k, y)]
+    got, expected = attention(*leaves), dense_attention(*leaves)
+    cotangents = [randn(*out.shape, seed=6 + i) for i, out in enumerate(expected)]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    for a, b in zip(
+        torch.autograd.grad(got, leaves, cotangents),
+        torch.autograd.grad(expected, leaves, cotangents),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [3, 16, 40])
+def test_the_two_kernels_agree(monkeypatch, dtype, channels):
+    monkeypatch.setattr(attention_module, "BLOCK_ELEMENTS", 1000)
+    # Strides as a convolution leaves them: nodes last in memory.
+    q, k = (randn(2, 16, 70, seed=i, dtype=dtype).mT for i in (1, 2))
+    y, g = (randn(2, channels, 70, seed=i, dtype=dtype).mT for i in (3, 4))
+    g_lse = randn(2, 70, dtype=dtype)
+    value, lse = fused_forward(q, k, y)
+    close = {"rtol": 0, "atol": 2e-5 if dtype == torch.float32 else 1e-13}
+    for a, b in zip((value, lse), blocked_forward(q, k, y), strict=True):
+        torch.testing.assert_close(a, b, **close)
+    saved = (q, k, y, value, lse, g, g_lse)
+    close["atol"] *= 100
+    for a, b in zip(fused_backward(*saved), blocked_backward(*saved), strict=True):
+        assert a.is_contiguous()
+        torch.testing.assert_close(a, b, **close)
+
+
+def test_attention_derivatives_of_every_order():
+    psi, y = randn(2, 5, 2).requires_grad_(), randn(2, 5, 3).requires_grad_()
+
+    def both(psi, y):
+        P = gd.AttentionTransition(psi, scale=0.8)
+        return P.matmul(y), P.rmatmul(y), P.log_degree
+
+    assert gradcheck(both, (psi, y))
+    assert gradgradcheck(both, (psi, y))
+    assert gradcheck(lambda psi: gd.AttentionTransition(psi).rows([0, 3]), (psi,))
+
+
+def test_attention_is_a_well_behaved_operator_of_torch():
+    q, k, y = (randn(2, n, 3).requires_grad_() for n in (6, 5, 5))
+    value, lse = _attention(q, k, y)
+    torch.library.opcheck(_attention, (q, k, y))
+    backward = [x.detach().requires_grad_() for x in (q, k, y, value, lse, value, lse)]
+    torch.library.opcheck(_attention_backward, tuple(backward))
+
+
+def test_attention_in_half_precision_multiplies_in_float32():
+    # Norms near 64, where neighbouring bfloat16 numbers differ by 0.5 and softmax by a factor 1.6.
+    psi = (randn(50, 64, dtype=torch.float32)).bfloat16()
+    y = randn(50, 2, dtype=torch.float32).bfloat16()
+    exact = torch.softmax(psi.double() @ psi.double().mT, -1) @ y.double()
+    P = gd.AttentionTransition(psi)
+    assert (P @ y).dtype == torch.bfloat16
+    assert ((P @ y).double() - exact).abs().max() < 0.01
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        product = gd.AttentionTransition(psi.float()) @ y.float()
+    assert product.dtype == torch.float32
+    assert (product.double() - exact).abs().max() < 1e-5
+
+
+def test_hub_attention_is_stable_where_degrees_span_hundreds_of_orders():
+    psi = randn(30, 4) * torch.linspace(1, 12, 30, dtype=torch.float64).unsqueeze(-1)
+    spread = gd.AttentionTransition(psi).log_degree
+    assert spread.max() - spread.min() > 400
+    for dtype, close in ((torch.float64, 1e-10), (torch.float32, 1e-3)):
+        P = gd.AttentionTransition(psi.to(dtype))
+        D = torch.softmax(psi @ psi.mT, -1)
+        s = randn(30, 2)
+        assert ((P.T @ s.to(dtype)).double() - D.mT @ s).abs().max() < close
+
+
+@pytest.mark.slow
+def test_memory_of_attention_does_not_grow_with_the_square_of_nodes():
+    resource = pytest.importorskip("resource")
+    psi = randn(20_000, 16).requires_grad_()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (gd.AttentionTransition(psi) @ randn(20_000, 4)).sum().backward()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < 100e6  # the matrix alone is 3.2e9 bytes
+
+
+# --- batches
+
+
+@pytest.mark.parametrize("n", [5, 64, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batch_mates_do_not_change_a_bit_of_a_product(n, dtype):
+    psi, y = randn(3, n, 8, dtype=dtype), randn(3, n, 5, dtype=dtype)
+    W = randn(3, n, n, dtype=dtype).abs()
+    for build, leaf in ((gd.AttentionTransition, psi), (gd.DenseTransition.from_affinity, W)):
+        for product in (lambda P, y: P @ y, lambda P, y: P.T @ y):
+            together = product(build(leaf), y)
+            for i in range(3):
+                assert torch.equal(together[i], product(build(leaf[i]), y[i]))

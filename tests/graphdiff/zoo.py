@@ -1,0 +1,152 @@
+"""The lists whose product the tests run over, and the oracle they are held against.
+
+A new operator or solver is one line here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import graphdiff as gd
+
+# From a generator and (batch, nodes) to the leaf tensors; from these to the operator.
+Leaves = Callable[[torch.Generator, tuple[int, ...], int], Tensor]
+
+
+@dataclass(frozen=True)
+class Kind:
+    leaf: Leaves
+    build: Callable[[Tensor], gd.Transition]
+    dense: Callable[[Tensor], Tensor]
+
+
+def _features(size: float) -> Leaves:
+    return lambda g, batch, n: size * torch.randn(*batch, n, 3, generator=g, dtype=torch.float64)
+
+
+def _hub_features(g: torch.Generator, batch: tuple[int, ...], n: int) -> Tensor:
+    """One node far longer than the others: every row points at it."""
+    psi = torch.randn(*batch, n, 3, generator=g, dtype=torch.float64)
+    psi[..., 0, :] = 6.0
+    return psi
+
+
+def _directed(g: torch.Generator, batch: tuple[int, ...], n: int) -> Tensor:
+    return torch.rand(*batch, n, n, generator=g, dtype=torch.float64) + 1e-3
+
+
+def _symmetric(g: torch.Generator, batch: tuple[int, ...], n: int) -> Tensor:
+    W = _directed(g, batch, n)
+    return W + W.mT
+
+
+def _pattern(edges: Callable[[int], Tensor]) -> Leaves:
+    """A fixed graph with random symmetric weights."""
+
+    def leaf(g: torch.Generator, batch: tuple[int, ...], n: int) -> Tensor:
+        return _symmetric(g, batch, n) * edges(n)
+
+    return leaf
+
+
+def _path(n: int) -> Tensor:
+    A = torch.diag(torch.ones(n - 1, dtype=torch.float64), 1)
+    return A + A.T if n > 1 else torch.ones(1, 1, dtype=torch.float64)
+
+
+def _star(n: int) -> Tensor:
+    A = torch.zeros(n, n, dtype=torch.float64)
+    A[0, 1:] = A[1:, 0] = 1
+    return A if n > 1 else A + 1
+
+
+def _disconnected(n: int) -> Tensor:
+    """Two cliques, and with one node left over an isolated node with its self-loop."""
+    half = (n + 1) // 2
+    A = torch.zeros(n, n, dtype=torch.float64)
+    A[:half, :half] = 1
+    A[half:, half:] = 1
+    return A
+
+
+def _normalised(W: Tensor) -> Tensor:
+    return W / W.sum(-1, keepdim=True)
+
+
+def _dense(leaf: Leaves) -> Kind:
+    return Kind(leaf, gd.DenseTransition.from_affinity, _normalised)
+
+
+def _attention(leaf: Leaves, scale: float = 1.0) -> Kind:
+    return Kind(
+        leaf,
+        lambda psi: gd.AttentionTransition(psi, scale=scale),
+        lambda psi: torch.softmax(scale * psi @ psi.mT, -1),
+    )
+
+
+OPERATORS: dict[str, Kind] = {
+    "directed": _dense(_directed),
+    "symmetric": _dense(_symmetric),
+    "path": _dense(_pattern(_path)),
+    "star": _dense(_pattern(_star)),
+    "disconnected": _dense(_pattern(_disconnected)),
+    "flat attention": _attention(_features(0.3)),
+    "scaled attention": _attention(_features(2.0), scale=0.37),
+    "sharp attention": _attention(_features(5.0)),
+    "hub attention": _attention(_hub_features),
+}
+
+SOLVERS: dict[str, gd.solvers.Solver | gd.solvers.Auto] = {
+    "Direct": gd.solvers.Direct(),
+    "Walk": gd.solvers.Walk(),
+    "Auto": gd.solvers.Auto(),
+}
+
+
+def oracle(P: Tensor, s: Tensor, mu: float | Tensor) -> Tensor:
+    """(I − diag(µ)P)⁻¹(1 − µ)s in dense float64; µ a number or [..., N or 1, 1 or K]."""
+    P, s = P.double(), s.double()
+    mu = torch.as_tensor(mu, dtype=torch.float64)
+    mu = mu.expand(*torch.broadcast_shapes(mu.shape, s.shape)) if mu.ndim else mu.expand(s.shape)
+    eye = torch.eye(P.shape[-1], dtype=torch.float64)
+    columns = [
+        torch.linalg.solve(eye - mu[..., k, None] * P, ((1 - mu) * s)[..., k, None]) for k in range(s.shape[-1])
+    ]
+    return torch.cat(columns, -1)
+
+
+@dataclass(frozen=True)
+class Problem:
+    name: str
+    leaf: Tensor
+    s: Tensor
+    mu: float
+
+    @property
+    def P(self) -> gd.Transition:
+        return OPERATORS[self.name].build(self.leaf)
+
+    @property
+    def dense(self) -> Tensor:
+        return OPERATORS[self.name].dense(self.leaf)
+
+
+@st.composite
+def problems(
+    draw: st.DrawFn,
+    names: tuple[str, ...] = tuple(OPERATORS),
+    mus: tuple[float, ...] = (0.0, 0.3, 0.85, 0.99),
+    batches: tuple[tuple[int, ...], ...] = ((), (2,)),
+    max_nodes: int = 12,
+) -> Problem:
+    """A random operator of the zoo with a signal; the seed alone decides the numbers."""
+    name = draw(st.sampled_from(names))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    batch, n = draw(st.sampled_from(batches)), draw(st.integers(1, max_nodes))
+    leaf = OPERATORS[name].leaf(g, batch, n)
+    s = torch.randn(*batch, n, draw(st.integers(1, 3)), generator=g, dtype=torch.float64)
+    return Problem(name, leaf, s * 10.0 ** draw(st.integers(-3, 3)), draw(st.sampled_from(mus)))
