@@ -101,7 +101,7 @@ def load_into(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
         differing = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
         raise UsageError(
             f"{path} is a checkpoint of another architecture: {len(differing)} tensors differ, "
-            f"{differing[0]} first; name one that fits the model, or use the version of graphdiff that wrote it"
+            f"{differing[0]} first; name one that fits the model, or the version of graphdiff that wrote it"
         )
     model.load_state_dict(weights)
 

@@ -128,7 +128,8 @@ def main(
     evaluate(checkpoint, split, data_path, out, panel, device, threads, limit_batches)
 
 
-def _main() -> None:
+def run_command_line() -> None:
+    """Parse the arguments and run; faults of the user end in one line and exit code 2."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(main)
     with told_in_one_line():
@@ -136,4 +137,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    run_command_line()

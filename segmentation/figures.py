@@ -66,11 +66,11 @@ def panel(model: DifNet | SimDeepLab, dataset: SegmentationDataset, indices: lis
         left=0.005, right=0.995, top=1 - top / size[1], bottom=bottom / size[1], wspace=0.03, hspace=0.03
     )
     colours = class_colours(len(dataset.classes))
+    for title, axis in zip(titles, axes[0], strict=True):
+        axis.set_title(title, fontsize=8)
     for row, line in zip(rows, axes, strict=True):
-        for (title, picture), axis in zip(row, line, strict=True):
+        for (_, picture), axis in zip(row, line, strict=True):
             _show(axis, picture, colours)
-            if line is axes[0]:
-                axis.set_title(title, fontsize=8)
     handles = [Patch(facecolor=colours[c], edgecolor="0.5", label=dataset.classes[c]) for c in shown]
     handles.append(Patch(facecolor=_VOID_COLOUR, edgecolor="0.5", label="void"))
     columns = -(-len(handles) // legend_lines)
@@ -121,8 +121,7 @@ def _show(axis: Axes, picture: NDArray[np.generic], colours: NDArray[np.float64]
     if picture.ndim == 3:
         axis.imshow(picture, aspect="auto")
     elif picture.dtype == np.int64:
-        palette = ListedColormap(colours)
-        palette.set_over(_VOID_COLOUR)
+        palette = ListedColormap(colours).with_extremes(over=_VOID_COLOUR)
         axis.imshow(
             picture, cmap=palette, vmin=-0.5, vmax=len(colours) - 0.5, interpolation="nearest", aspect="auto"
         )

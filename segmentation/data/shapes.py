@@ -143,10 +143,9 @@ def _spots(rng: np.random.Generator, along: Array, across: Array) -> Array:
 
 
 def _circles(rng: np.random.Generator, along: Array, across: Array) -> Array:
-    brightness: Array = (0.5 + 0.5 * np.cos(2 * np.pi / rng.uniform(3.2, 4.5) * np.hypot(along, across))).astype(
+    wave = 2 * np.pi / rng.uniform(3.2, 4.5)
+    brightness: Array = (0.5 + 0.5 * np.cos(wave * np.hypot(along, across))).astype(np.float32)
     return brightness
-        np.float32
-    )
 
 
 def _stripes(rng: np.random.Generator, along: Array, across: Array) -> Array:

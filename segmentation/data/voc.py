@@ -4,11 +4,13 @@ Label files hold class indices, as palette (P) or grey (L) PNGs, 255 = void; the
 a conversion through RGB turns indices into other indices without a word.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
@@ -78,21 +80,14 @@ class VOCDataset:
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         """Image uint8 [3, H, W] in RGB and label int64 [H, W]."""
-        path = self._images[index]
-        try:
-            with _open(path) as file:
-                image = F.pil_to_tensor(file.convert("RGB"))
-        except OSError as fault:
-            raise UsageError(f"{path} cannot be decoded ({fault}): replace the file") from None
+        with _opened(self._images[index]) as file:
+            image = F.pil_to_tensor(file.convert("RGB"))
         return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(self._label(index)))
 
     def _label(self, index: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
         path = self._labels[index]
-        try:
-            with _open(path) as file:
-                label = np.array(file)
-        except OSError as fault:
-            raise UsageError(f"{path} cannot be decoded ({fault}): replace the file") from None
+        with _opened(path) as file:
+            label = np.array(file)
         present = np.flatnonzero(np.bincount(label.ravel(), minlength=VOID + 1))
         foreign = [int(value) for value in present if len(self.classes) <= value != VOID]
         if foreign:
@@ -159,20 +154,23 @@ def _by_stem(folder: Path, suffixes: set[str]) -> dict[str, Path]:
     return {file.stem: file for file in folder.iterdir() if file.suffix.lower() in suffixes}
 
 
-def _open(path: Path) -> Image.Image:
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file; damage found when it is opened or, within the context, decoded is a `UsageError`."""
     try:
-        return Image.open(path)
-    except UnidentifiedImageError:
-        raise UsageError(f"{path} is no image that can be read: replace the file") from None
+        with Image.open(path) as file:
+            yield file
+    except (OSError, SyntaxError) as fault:
+        raise UsageError(f"{path} cannot be read as an image ({fault}): replace the file") from None
 
 
 def _check_sizes(image_path: Path, label_path: Path) -> None:
     """Compare headers; a label in colour is refused here, before anything is decoded."""
-    with _open(image_path) as image, _open(label_path) as label:
+    with _opened(image_path) as image, _opened(label_path) as label:
         if label.mode not in ("P", "L"):
             raise UsageError(
                 f"{label_path} is a {label.mode} image, not class indices: colours cannot be mapped back to "
-                "classes safely; save labels as palette (P) or grey (L) PNGs whose values are the class indices"
+                "classes safely; save labels as palette (P) or grey (L) PNGs that hold the class indices"
             )
         if image.size != label.size:
             raise UsageError(

@@ -1,0 +1,72 @@
+"""What the tests of segmentation share: the place of real data, a tiny VOC-layout folder, a tiny run."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segmentation.config import Config, resolve
+from segmentation.data.shapes import draw
+from segmentation.train import train
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of real data, named by GRAPHDIFF_DATA or beside the repository."""
+    root = Path(__file__).parents[2]
+    folder = Path(os.environ.get("GRAPHDIFF_DATA", root.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} does not exist (name its place as GRAPHDIFF_DATA)")
+    return folder
+
+
+def write_voc(
+    root: Path, images: int = 4, size: int = 41, splits: dict[str, list[int]] | None = None
+) -> Path:
+    """A data set in VOC's layout, of generated scenes with a void border; returns its root."""
+    (root / "JPEGImages").mkdir(parents=True)
+    (root / "SegmentationClass").mkdir()
+    (root / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (root / "classes.txt").write_text("ground\ndisc\nring\nbar\ncross\nsnake\n")
+    for index in range(images):
+        image, label = draw(np.random.default_rng(index), size)
+        label[:2] = 255
+        Image.fromarray(image).save(root / "JPEGImages" / f"scene_{index}.jpg", quality=95)
+        save_label(root, f"scene_{index}", label)
+    for split, members in (splits or {"train": list(range(images)), "val": list(range(images))}).items():
+        lines = "".join(f"scene_{index}\n" for index in members)
+        (root / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(lines)
+    return root
+
+
+def save_label(root: Path, identifier: str, label: np.ndarray) -> None:
+    file = Image.fromarray(label.astype(np.uint8), mode="L")
+    file.putpalette([value for index in range(256) for value in (index, 255 - index, 7 * index % 256)])
+    file.save(root / "SegmentationClass" / f"{identifier}.png")
+
+
+@pytest.fixture
+def voc(tmp_path):
+    return write_voc(tmp_path / "VOCdevkit" / "VOC2012")
+
+
+def tiny(folder: Path, **flags: object) -> Config:
+    """A run of seconds: DifNet-18 on small crops of shapes, on one thread."""
+    values = {
+        "output_dir": str(folder), "max_steps": 4, "batch_size": 2, "crop_size": 33, "eval_every": 4,
+        "limit_val_batches": 2, "log_every": 1, "threads": 1, "device": "cpu", "lr": 0.01,
+    }  # fmt: skip
+    return resolve(values | flags, None)
+
+
+UNBROKEN = {"max_steps": 12, "eval_every": 5}
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory):
+    """The folder of a finished run, which others must equal or evaluate."""
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    assert train(tiny(folder, **UNBROKEN)) == 0
+    return folder

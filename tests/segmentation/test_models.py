@@ -1,0 +1,187 @@
+"""Sizes, shapes and wiring of the networks; weights they start from."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from segmentation.errors import UsageError
+from segmentation.models import DifNet, SimDeepLab
+from segmentation.models.backbone import PARTS, load_pretrained, resnet
+
+PARAMETERS = {
+    ("difnet", "resnet18"): 22_807_628,
+    ("difnet", "resnet34"): 43_023_948,
+    ("difnet", "resnet50"): 48_816_204,
+    ("difnet", "resnet101"): 86_800_460,
+    ("sim-deeplab", "resnet18"): 11_563_668,
+    ("sim-deeplab", "resnet34"): 21_671_828,
+    ("sim-deeplab", "resnet50"): 25_056_404,
+    ("sim-deeplab", "resnet101"): 44_048_532,
+}
+
+
+def count(model, backbone, **options):
+    with torch.device("meta"):
+        network = {"difnet": DifNet, "sim-deeplab": SimDeepLab}[model](backbone, 21, **options)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(("model", "backbone"), PARAMETERS)
+def test_parameter_counts_are_exact(model, backbone):
+    assert count(model, backbone) == PARAMETERS[model, backbone]
+
+
+def test_parameter_counts_are_those_of_the_paper():
+    difnet, deeplab = count("difnet", "resnet50"), count("sim-deeplab", "resnet101")
+    assert (round(difnet / 1e6, 2), round(deeplab / 1e6, 2)) == (48.82, 44.05)
+    assert round(difnet / deeplab, 3) == 1.108
+
+
+def test_without_aspp_one_convolution_remains():
+    kernel = 512 * 21 * 9 + 21
+    assert count("difnet", "resnet18") - count("difnet", "resnet18", aspp=False) == 3 * kernel
+
+
+def test_fewer_walks_need_fewer_layers():
+    # Without walks 3 and 4 the similarity branch ends at layer2; with walk 0 alone there is none.
+    assert count("difnet", "resnet18", walks=(0, 1, 2)) < count("difnet", "resnet18") - 10e6
+    with torch.device("meta"):
+        assert DifNet("resnet18", 21, walks=(0,)).similarity_branch is None
+
+
+@pytest.mark.parametrize("walks", [(0, 1, 2, 3, 4), (0, 2, 4), (0,), (4,), (1, 3)])
+@pytest.mark.parametrize("grid_stride", [8, 5])
+def test_any_walks_and_grid_run_forward_and_backward(walks, grid_stride):
+    torch.manual_seed(3)
+    model = DifNet("resnet18", 4, walks=walks, grid_stride=grid_stride)
+    image = torch.randn(2, 3, 41, 33)
+    maps = model(image, return_maps=True)
+    grid = (6, 5) if grid_stride == 8 else (9, 7)
+    assert maps.score.shape == maps.seed.shape == (2, 4, *grid)
+    assert maps.importance.shape == (2, 1, *grid)
+    assert [walk.shape for walk in maps.walks] == len(walks) * [(2, 4, *grid)]
+    assert maps.logits.shape == (2, 4, 41, 33)
+    torch.testing.assert_close(maps.seed, maps.importance * maps.score)
+    assert ((maps.importance > 0) & (maps.importance < 1)).all()
+    maps.logits.square().mean().backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == []
+
+
+def test_forward_is_the_last_walk_upsampled_with_aligned_corners():
+    torch.manual_seed(3)
+    model = DifNet("resnet18", 4).eval()
+    image = torch.randn(1, 3, 41, 33)
+    with torch.no_grad():
+        maps = model(image, return_maps=True)
+        torch.testing.assert_close(model(image), maps.logits)
+    # At sizes 8k+1 grid point (i, j) lies on pixel (8i, 8j).
+    torch.testing.assert_close(maps.logits[..., ::8, ::8], maps.walks[-1])
+
+
+def test_the_walks_follow_equation_5():
+    torch.manual_seed(3)
+    model = DifNet("resnet18", 4, walks=(0, 3)).eval()
+    image = torch.randn(1, 3, 41, 33)
+    with torch.no_grad():
+        maps = model(image, return_maps=True)
+        s = maps.seed.flatten(2).mT
+        y = s
+        for P, mu, beta, walk in zip(
+            model.transitions(image), model.cascade.mu, model.cascade.beta, maps.walks, strict=True
+        ):
+            y = beta * (mu * (P.dense() @ y) + (1 - mu) * s) + (1 - beta) * y
+            torch.testing.assert_close(walk.flatten(2).mT, y, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("walks", [(), (0, 5), (2, 1), (1, 1)])
+def test_walks_that_do_not_exist_are_refused(walks):
+    with pytest.raises(ValueError, match="expected walks to be distinct numbers"):
+        DifNet("resnet18", 4, walks=walks)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(("side", "cells"), [(321, 41), (505, 64), (97, 13), (100, 13)])
+def test_backbones_have_stride_8(name, side, cells):
+    with torch.device("meta"):
+        layers = resnet(name, (1, 2, 3, 4))(torch.empty(1, 3, side, side))
+    assert [layer.shape[-1] for layer in layers[1:]] == 3 * [cells]
+
+
+def saved(tmp_path, name, keep=lambda key: True, suffix=".pth"):
+    torch.manual_seed(5)
+    state = {key: value for key, value in resnet(name, (1, 2, 3, 4)).state_dict().items() if keep(key)}
+    file = tmp_path / f"{name}{suffix}"
+    save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
+    return file, state
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_are_loaded_into_every_branch(tmp_path, suffix):
+    file, state = saved(tmp_path, "resnet18", suffix=suffix)
+    model = DifNet("resnet18", 3, walks=(0, 2))
+    assert load_pretrained(model.backbones, "resnet18", str(file)) == frozenset()
+    torch.testing.assert_close(
+        model.seed_branch.state_dict()["layer4.1.bn2.weight"], state["layer4.1.bn2.weight"]
+    )
+    torch.testing.assert_close(
+        model.similarity_branch.state_dict()["layer2.0.conv1.weight"], state["layer2.0.conv1.weight"]
+    )
+
+
+def test_a_classifier_in_the_file_is_ignored(tmp_path):
+    file, state = saved(tmp_path, "resnet18")
+    torch.save(state | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}, file)
+    assert load_pretrained([resnet("resnet18", (4,))], "resnet18", str(file)) == frozenset()
+
+
+def test_parts_the_file_lacks_start_fresh(tmp_path):
+    file, _ = saved(tmp_path, "resnet18", keep=lambda key: not key.startswith("layer4"))
+    assert load_pretrained([resnet("resnet18", (4,))], "resnet18", str(file)) == {"layer4"}
+    assert load_pretrained([resnet("resnet18", (4,))], "resnet18", "none") == set(PARTS)
+
+
+def test_the_real_file_covers_all_but_layer4(real_data):
+    file = real_data / "weights" / "resnet18_imagenet_to_layer3.pth"
+    backbone = resnet("resnet18", (4,))
+    before = backbone.state_dict()["layer4.0.conv1.weight"].clone()
+    assert load_pretrained([backbone], "resnet18", str(file)) == {"layer4"}
+    after = backbone.state_dict()
+    assert torch.equal(after["layer4.0.conv1.weight"], before)
+    assert after["layer3.1.conv2.weight"].dtype == torch.float32
+    with pytest.raises(UsageError, match=r"does not fit resnet50.*it looks like resnet18"):
+        load_pretrained([], "resnet50", str(file))
+
+
+@pytest.mark.parametrize(
+    ("has", "wants"),
+    [
+        ("resnet18", "resnet34"),
+        ("resnet34", "resnet18"),
+        ("resnet18", "resnet50"),
+        ("resnet50", "resnet101"),
+        ("resnet101", "resnet50"),
+        ("resnet50", "resnet18"),
+    ],
+)
+def test_another_depth_is_refused(tmp_path, has, wants):
+    file, _ = saved(tmp_path, has)
+    with pytest.raises(
+        UsageError, match=f"does not fit {wants}: .*it looks like {has}: pass that as --backbone"
+    ):
+        load_pretrained([], wants, str(file))
+
+
+def test_files_without_resnet_weights_are_refused(tmp_path):
+    file = tmp_path / "weights.pth"
+    with pytest.raises(UsageError, match="no such file; name a file of ImageNet weights"):
+        load_pretrained([], "resnet18", str(file))
+    torch.save({"module.conv1.weight": torch.zeros(1)}, file)
+    with pytest.raises(UsageError, match=r"holds no ResNet weights: .* found module\.conv1\.weight"):
+        load_pretrained([], "resnet18", str(file))
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}}, file)
+    with pytest.raises(UsageError, match="is no plain state dict of names and tensors"):
+        load_pretrained([], "resnet18", str(file))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UsageError, match="cannot be read as a state dict of tensors"):
+        load_pretrained([], "resnet18", str(file))
