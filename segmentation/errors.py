@@ -19,5 +19,6 @@ def told_in_one_line() -> Iterator[None]:
     try:
         yield
     except UsageError as fault:
-        print(f"error: {fault}", file=sys.stderr)
+        # A loader's worker process hands its fault on below a traceback of its own.
+        print(f"error: {str(fault).rsplit('UsageError: ', 1)[-1].strip()}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -52,10 +52,14 @@ def panel(model: DifNet | SimDeepLab, dataset: SegmentationDataset, indices: lis
     model.train(was_training)
 
     titles = [title for title, _ in rows[0]]
-    shown = sorted(
-        {int(c) for row in rows for _, m in row if m.dtype == np.int64 for c in np.unique(m)} - {VOID}
-    )
-    legend_lines = -(-len(shown) // max(6, len(titles)))
+    colours = class_colours(len(dataset.classes))
+    drawn = {
+        int(c) for row in rows for _, picture in row if picture.dtype == np.int64 for c in np.unique(picture)
+    }
+    legend = [(dataset.classes[c], colours[c]) for c in sorted(drawn - {VOID})]
+    if VOID in drawn:
+        legend.append(("void", np.array(_VOID_COLOUR)))
+    legend_lines = -(-len(legend) // max(6, len(titles)))
     heights = [image.shape[0] / image.shape[1] for (_, image), *_ in rows]
     cell = 1.5
     top, bottom = 0.35, 0.3 * legend_lines + 0.1
@@ -65,14 +69,12 @@ def panel(model: DifNet | SimDeepLab, dataset: SegmentationDataset, indices: lis
     figure.subplots_adjust(
         left=0.005, right=0.995, top=1 - top / size[1], bottom=bottom / size[1], wspace=0.03, hspace=0.03
     )
-    colours = class_colours(len(dataset.classes))
     for title, axis in zip(titles, axes[0], strict=True):
         axis.set_title(title, fontsize=8)
     for row, line in zip(rows, axes, strict=True):
         for (_, picture), axis in zip(row, line, strict=True):
             _show(axis, picture, colours)
-    handles = [Patch(facecolor=colours[c], edgecolor="0.5", label=dataset.classes[c]) for c in shown]
-    handles.append(Patch(facecolor=_VOID_COLOUR, edgecolor="0.5", label="void"))
+    handles = [Patch(facecolor=colour, edgecolor="0.5", label=name) for name, colour in legend]
     columns = -(-len(handles) // legend_lines)
     figure.legend(handles=handles, loc="lower center", ncols=columns, fontsize=7, frameon=False)
     figure.savefig(file, format="png")

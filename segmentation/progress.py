@@ -1,5 +1,6 @@
 """How a run shows where it is: a bar on a terminal, plain lines elsewhere; and how it is asked to stop."""
 
+import math
 import signal
 import sys
 import threading
@@ -25,14 +26,14 @@ class Progress:
         self._bar = tqdm(
             total=total, initial=done, unit="step", dynamic_ncols=True, disable=not self._on_terminal
         )
-        self.miou = float("nan")
+        self._miou = float("nan")
 
     def step(self, step: int, loss: float, lr: float, images_per_second: float, seconds: float) -> None:
         """Tell of one step done; `seconds` is what such a step takes."""
         shown = {
             "loss": f"{loss:.4f}",
             "lr": f"{lr:.2e}",
-            "mIoU": f"{100 * self.miou:.2f}",
+            "mIoU": "-" if math.isnan(self._miou) else f"{100 * self._miou:.2f}",
             "images/s": f"{images_per_second:.2f}",
         }
         if self._on_terminal:
@@ -45,6 +46,14 @@ class Progress:
                 + "  ".join(f"{k} {v}" for k, v in shown.items())
                 + f"  left {left}"
             )
+
+    def scored(self, step: int, loss: float, miou: float, majority_miou: float) -> None:
+        """Tell of one scoring; `loss` is the mean since the last one."""
+        self._miou = miou
+        self.say(
+            f"step {step}/{self._total}  loss {loss:.4f}  mIoU {100 * miou:.2f}  "
+            f"(majority class {100 * majority_miou:.2f})"
+        )
 
     def say(self, text: str) -> None:
         """Print a line without tearing the bar."""

@@ -106,7 +106,6 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
         progress.say(line)
     if state is not None:
         progress.say(f"going on after step {at.step} of {total}, from {state_file}")
-    engine.evaluate(model, loader.evaluation_loader(scored, 0, SANITY_IMAGES), len(classes))
 
     def save_state() -> None:
         checkpoint.save_state(
@@ -123,47 +122,43 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
             },
         )
 
+    def record(scores: Scores, speed: float) -> None:
+        epoch = at.step / (len(training_set) // config.batch_size)
+        row = engine.metrics_row(at, epoch, float(schedule.get_last_lr()[0]), speed, scores)
+        if isinstance(model, DifNet):
+            row.update(engine.walk_columns(model, few))
+        run.log(row, scores, classes)
+        about = checkpoint.Description(config, classes, at.step, scores.miou)
+        if scores.miou > at.best_miou or not run.best.is_file():
+            at.best_miou = scores.miou
+            checkpoint.save_weights(run.best, model, about)
+        checkpoint.save_weights(run.last, model, about)
+        progress.scored(at.step, row["loss"], scores.miou, scores.majority_miou)
+        at.evaluation_due, at.loss_sum, at.loss_steps = False, 0.0, 0
+        # Last of all: only now does a resumed run start from here.
+        save_state()
+
     scores: Scores | None = None
-    images, seconds = 0, 0.0
+    steps, seconds = 0, 0.0
     with StopSignal() as stop:
+        engine.evaluate(model, loader.evaluation_loader(scored, 0, SANITY_IMAGES), len(classes))
         while True:
             if at.evaluation_due:
                 scores = engine.evaluate(model, validation, len(classes), lambda: stop.received is not None)
                 if scores is None:
                     break
-                epoch = at.step / (len(training_set) // config.batch_size)
-                speed = images / seconds if seconds else math.nan
-                row = engine.metrics_row(at, epoch, float(schedule.get_last_lr()[0]), speed, scores)
-                if isinstance(model, DifNet):
-                    row.update(engine.walk_columns(model, few))
-                run.log(row, scores, classes)
-                about = checkpoint.Description(config, classes, at.step, scores.miou)
-                if scores.miou > at.best_miou or not run.best.is_file():
-                    at.best_miou = scores.miou
-                    checkpoint.save_weights(run.best, model, about)
-                checkpoint.save_weights(run.last, model, about)
-                at.evaluation_due, at.loss_sum, at.loss_steps = False, 0.0, 0
-                save_state()
-                progress.miou = scores.miou
-                progress.say(
-                    f"step {at.step}/{total}  loss {row['loss']:.4f}  mIoU {100 * scores.miou:.2f}  "
-                    f"(majority class {100 * scores.majority_miou:.2f})"
-                )
-                images, seconds = 0, 0.0
+                record(scores, config.batch_size * steps / seconds if steps else math.nan)
+                steps, seconds = 0, 0.0
             if at.step == total or stop.received is not None:
                 break
             started = time.perf_counter()
             image, label = next(batches)
             loss = engine.segmentation_loss(network(image), label)
             if not math.isfinite(loss.item()):
-                raise UsageError(
-                    f"the loss is {loss.item()} at step {at.step + 1}: lower --lr; "
-                    + (
-                        f"{run.state} holds an earlier step"
-                        if run.state.is_file()
-                        else "no step was saved yet"
-                    )
+                saved = (
+                    f"{run.state} holds an earlier step" if run.state.is_file() else "no step was saved yet"
                 )
+                raise UsageError(f"the loss is {loss.item()} at step {at.step + 1}: lower --lr; {saved}")
             optimizer.zero_grad()
             fabric.backward(loss)
             optimizer.step()
@@ -172,15 +167,10 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
             at.loss_sum += loss.item()
             at.loss_steps += 1
             at.evaluation_due = at.step % config.eval_every == 0 or at.step == total
-            images += len(image)
+            steps += 1
             seconds += time.perf_counter() - started
-            progress.step(
-                at.step,
-                loss.item(),
-                float(schedule.get_last_lr()[0]),
-                images / seconds,
-                seconds / (images / len(image)),
-            )
+            lr = float(schedule.get_last_lr()[0])
+            progress.step(at.step, loss.item(), lr, config.batch_size * steps / seconds, seconds / steps)
     progress.close()
 
     if stop.received is not None:
@@ -250,11 +240,14 @@ def _report(
         "majority class"
     )
     if isinstance(model, DifNet):
+        mu, beta = model.cascade.mu.detach(), model.cascade.beta.detach()
+        moved = max(float((mu - 0.5).abs().max()), float((beta - 0.5).abs().max()))
         print()
-        print("walk    " + "".join(f"{walk:8d}" for walk in model.walks))
-        print("µ       " + "".join(f"{float(mu):8.4f}" for mu in model.cascade.mu.detach()))
-        print("β       " + "".join(f"{float(beta):8.4f}" for beta in model.cascade.beta.detach()))
-        print("(both start at 0.5 and move slowly: in a run of some hundred steps they hardly leave it)")
+        print("walk" + "".join(f"{walk:8d}" for walk in model.walks))
+        print("µ   " + "".join(f"{float(value):8.4f}" for value in mu))
+        print("β   " + "".join(f"{float(value):8.4f}" for value in beta))
+        if moved < 0.05:
+            print(f"(all start at 0.5; a run as short as this hardly moves them, here by up to {moved:.4f})")
     print()
     for file in run.files():
         print(f"wrote {file}")

@@ -5,11 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from segmentation.config import Config, resolve
 from segmentation.data.shapes import draw
 from segmentation.train import train
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    """A run with threads of its own sets torch's; the next test finds them as they were."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch._utils import ExceptionWrapper
 
 from segmentation import train
 from segmentation.config import RECIPES, Config, resolve
-from segmentation.errors import UsageError
+from segmentation.errors import UsageError, told_in_one_line
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,3 +159,13 @@ def test_faults_end_the_program_with_one_line_and_code_2(monkeypatch, capsys):
     assert code == 2
     assert told.err == "error: --data-path nowhere: no such folder; name the one that holds JPEGImages\n"
     assert told.out == ""
+
+
+def test_faults_of_a_loaders_worker_are_told_in_one_line_too(capsys):
+    try:
+        raise UsageError("x.png is damaged: replace the file")
+    except UsageError:
+        from_worker = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(SystemExit), told_in_one_line():
+        from_worker.reraise()
+    assert capsys.readouterr().err == "error: x.png is damaged: replace the file\n"

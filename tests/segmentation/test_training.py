@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from segmentation import engine
 from segmentation.checkpoint import Description, save_weights
 from segmentation.config import Config, resolve
-from segmentation.data.loader import Augmented
+from segmentation.data.loader import Augmented, Evaluated, evaluation_loader
 from segmentation.data.shapes import ShapesDataset
 from segmentation.data.transforms import training_transform
 from segmentation.errors import UsageError
 from segmentation.evaluate import evaluate
-from segmentation.models import DifNet
+from segmentation.models import DifNet, SimDeepLab
 from segmentation.models.backbone import PARTS
 from segmentation.train import train
 from tests.segmentation.conftest import UNBROKEN, tiny, write_voc
@@ -288,3 +288,11 @@ def test_help_does_not_wait_for_torch():
     assert told.endswith("heavy: []\n")
     assert "--head-lr-mult" in told
     assert "--limit-batches" in told
+
+
+def test_a_scoring_that_is_interrupted_gives_no_score():
+    model = SimDeepLab("resnet18", 6)
+    loader = evaluation_loader(Evaluated(ShapesDataset("val")), workers=0, limit=3)
+    asked = iter([False, True])
+    assert engine.evaluate(model, loader, 6, lambda: next(asked)) is None
+    assert model.training
