@@ -56,7 +56,7 @@ def nonnegative(x: Tensor, name: str) -> None:
     """`x` holds no negative value."""
     if bool((x < 0).any()):
         raise ValueError(
-            f"{name}: expected values ≥ 0, got a smallest value of {float(x.min()):.3g}; "
+            f"{name}: expected values ≥ 0, got a smallest value of {float(x.detach().min()):.3g}; "
             "a walk has no negative probabilities, so shift or exponentiate the affinity first"
         )
 
@@ -117,8 +117,9 @@ def mu(value: float | Tensor, signal_shape: torch.Size, device: torch.device) ->
     else:
         raise TypeError(f"mu: expected a number or a tensor, got {type(value).__name__}")
     if not bool(((mu >= 0) & (mu < 1)).all()):
+        low, high = (float(end) for end in mu.detach().aminmax())
         raise ValueError(
-            f"mu: expected 0 ≤ µ < 1, got values from {float(mu.min()):.6g} to {float(mu.max()):.6g}; "
+            f"mu: expected 0 ≤ µ < 1, got values from {low:.6g} to {high:.6g}; "
             "at µ = 1 the system is singular"
         )
     return mu

@@ -19,7 +19,7 @@ class WalkStep(nn.Module):
     Args:
         mu: First value of µ: in (0, 1) where learned, in [0, 1) where fixed.
         beta: First value of β: in (0, 1) where learned, in [0, 1] where fixed.
-        learn_mu: Learn µ, as the sigmoid of a scalar; else it is exactly `mu`.
+        learn_mu: Learn µ, as the sigmoid of a scalar; else it stays `mu`, in the module's dtype.
         learn_beta: Learn β, likewise.
 
     Example:
@@ -81,7 +81,7 @@ class CascadedWalk(nn.Module):
         steps: T, where the transitions are given ready; None with `feature_channels`.
         mu: First value of every µ_t (`WalkStep`).
         beta: First value of every β_t.
-        learn_mu: Learn them, as sigmoids of scalars; else they stay exactly `mu`.
+        learn_mu: Learn them, as sigmoids of scalars; else they stay `mu`.
         learn_beta: Likewise.
         init_gain: First gain of every embedding (`FeatureEmbedding`).
         scale: Factor on every embedding's inner products.

@@ -102,12 +102,11 @@ class AttentionTransition(Transition):
         """The N×N matrix."""
         return self.rows(torch.arange(self.shape[-1], device=self.device))
 
-    def rounding(self, dtype: torch.dtype) -> float:
+    def rounding(self, dtype: torch.dtype) -> Tensor | float:
         """Of the sum, and of the logits, whose absolute error is a relative one of P's entries."""
-        eps = torch.finfo(dtype).eps
-        features = self.psi.detach()
-        largest = self.scale * float(features.double().square().sum(-1).max())
-        return super().rounding(dtype) + 2 * (self.psi.shape[-1] + 2) * eps * largest
+        squares = self.psi.detach().to(dtype).square().sum(-1, keepdim=True)
+        largest = self.scale * squares.amax(-2, keepdim=True)
+        return super().rounding(dtype) + (self.psi.shape[-1] + 2) * torch.finfo(dtype).eps * largest
 
 
 def attention(query: Tensor, key: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,8 +58,8 @@ class Transition(ABC):
         """Row sums of P as given, [..., N, 1] (those of the original for a transpose), or exactly 1."""
         return 1.0
 
-    def rounding(self, dtype: torch.dtype) -> float:
-        """A number ε with ‖fl(P y) − P y‖ ≤ ε‖y‖ when the product is computed in `dtype`.
+    def rounding(self, dtype: torch.dtype) -> Tensor | float:
+        """ε, a number or [..., 1, 1], with ‖fl(P y) − P y‖ ≤ ε‖y‖ for products computed in `dtype`.
 
         Sums of N products in any order are wrong by at most N units in the last place.
         """
@@ -189,7 +189,7 @@ class TransposedTransition(Transition):
         """Those of the original, which are this operator's column sums."""
         return self.original.row_sums
 
-    def rounding(self, dtype: torch.dtype) -> float:
+    def rounding(self, dtype: torch.dtype) -> Tensor | float:
         """As the original's, in the 1-norm."""
         return self.original.rounding(dtype)
 

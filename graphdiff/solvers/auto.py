@@ -27,7 +27,7 @@ class Auto:
 
     def choose(self, operator: Transition, mu: Tensor, channels: int, tol: float) -> tuple[Solver, str]:
         """The solver and why: N³/3 multiplications for each µ against 2N² for a walk of each channel."""
-        nodes, largest = operator.shape[-1], float(mu.max())
+        nodes, largest = operator.shape[-1], float(mu.detach().max())
         walks = max(1, math.ceil(math.log(min(tol, 0.5)) / math.log(largest))) if largest > 0 else 1
         if nodes <= LARGEST_DENSE and mu.shape[-1] * nodes <= 6 * walks * channels:
             return Direct(), f"N = {nodes}: factorising costs less than {walks} walks"

@@ -76,30 +76,24 @@ def size(x: Tensor, norm: Norm) -> Tensor:
 
 def residual_bound(operator: Transition, mu: Tensor, residual: Tensor) -> Tensor:
     """‖x* − x‖ ≤ this, were there no rounding; [..., 1, K]."""
-    low, high = residual_interval(operator, mu, residual, torch.zeros_like(residual[..., :1, :]))
-    return interval_norm(low, high, norm_of(operator))
+    return _interval_norm(*_residual_interval(operator, mu, residual), norm_of(operator))
 
 
-def interval_norm(low: Tensor, high: Tensor, norm: Norm) -> Tensor:
-    """The norm that entries between `low` and `high` can have; in the 1-norm the two are total masses."""
-    return torch.maximum(low.abs(), high.abs()) if norm == "inf" else high - low
-
-
-def residual_interval(
-    operator: Transition, mu: Tensor, residual: Tensor, slack: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Bounds of x* − x, both [..., 1, K]; the residual is known to within ± `slack`.
-
-    `slack` is per entry for rows, and in total over the nodes for columns.
-    """
+def _residual_interval(operator: Transition, mu: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds of the entries of x* − x, both [..., 1, K]; in the 1-norm, total masses below and above 0."""
     remaining = 1 - mu * operator.row_sums
     if norm_of(operator) == "inf":
-        q_low, q_high = (residual - slack) / remaining, (residual + slack) / remaining
-        return q_low.amin(-2, keepdim=True), q_high.amax(-2, keepdim=True)
+        q = residual / remaining
+        return q.amin(-2, keepdim=True), q.amax(-2, keepdim=True)
     remaining = remaining.amin(-2, keepdim=True)
-    negative = residual.clamp(max=0).sum(-2, keepdim=True) - slack
-    positive = residual.clamp(min=0).sum(-2, keepdim=True) + slack
-    return negative / remaining, positive / remaining
+    return (
+        residual.clamp(max=0).sum(-2, keepdim=True) / remaining,
+        residual.clamp(min=0).sum(-2, keepdim=True) / remaining,
+    )
+
+
+def _interval_norm(low: Tensor, high: Tensor, norm: Norm) -> Tensor:
+    return torch.maximum(low.abs(), high.abs()) if norm == "inf" else high - low
 
 
 def solve_certified(
@@ -126,8 +120,9 @@ def solve_certified(
     norm = norm_of(operator)
     precise = operator.to(rhs.dtype)
     state = solver.prepare(operator, mu.to(operator.dtype))
-    # Leave the certificate and the last cast to the operator's dtype some room.
-    target = torch.clamp(0.9 * atol - cast_error(rhs, operator.dtype, norm), min=0.25 * atol)
+    # The last cast to the operator's dtype must still fit.
+    allowed = torch.clamp(atol - cast_error(initial, operator.dtype, norm), min=0.25 * atol)
+    target = 0.9 * allowed
 
     x, correction = torch.zeros_like(rhs), rhs
     bound = torch.full_like(atol, torch.inf)
@@ -151,11 +146,13 @@ def solve_certified(
             for new, old in ((refined, x), (new_low, low), (new_high, high), (new_bound, bound))
         )
         # Where a refinement no longer halves the bound, rounding has taken over and none will.
-        pending = halved & (bound > target)
+        pending = halved & (bound > allowed)
         if not bool(pending.any()) or (max_steps is not None and int(steps.max()) >= max_steps):
             break
         correction = torch.where(pending, residual, 0.0)
         initial = torch.zeros_like(residual)
+        # What is left above the target is the certificate's own rounding: make room for it.
+        target = 0.1 * target
     return Certified(x, x + low, x + high, bound, steps, matvecs)
 
 
@@ -173,8 +170,9 @@ def _evidence(
     slack = operator.rounding(rhs.dtype) * size(x, norm) + 2 * eps * (2 * size(x, norm) + size(rhs, norm))
     if norm == "one":
         slack = slack + nodes * eps * size(residual, norm)
-    low, high = residual_interval(operator, mu, residual, slack)
-    # The quotient by 1 − µ is itself computed.
-    inflate = 1 + 8 * eps / (1 - mu.amax(-2, keepdim=True))
-    low, high = inflate * low.clamp(max=0) + low.clamp(min=0), inflate * high.clamp(min=0) + high.clamp(max=0)
-    return residual, low, high, interval_norm(low, high, norm)
+    low, high = _residual_interval(operator, mu, residual)
+    remaining = (1 - mu * operator.row_sums).amin(-2, keepdim=True)
+    # The quotients by 1 − µ are computed too.
+    bound = _interval_norm(low, high, norm)
+    extra = slack / remaining + 8 * eps / remaining * bound
+    return residual, low - extra, high + extra, bound + extra

@@ -44,7 +44,9 @@ def test_rows_sum_to_one_and_the_transpose_conserves_mass(problem: Problem):
     ones = torch.ones_like(problem.s)
     torch.testing.assert_close(problem.P @ ones, ones, rtol=1e-13, atol=0)
     size = float(problem.s.abs().sum())
-    torch.testing.assert_close((problem.P.T @ problem.s).sum(-2), problem.s.sum(-2), rtol=0, atol=1e-12 * size)
+    torch.testing.assert_close(
+        (problem.P.T @ problem.s).sum(-2), problem.s.sum(-2), rtol=0, atol=1e-12 * size
+    )
 
 
 @given(problems())
@@ -130,7 +132,11 @@ def dense_attention(q, k, y):
 
 
 @given(
-    st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.integers(1, 7), st.sampled_from([0.1, 1.0, 6.0])
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.integers(1, 7),
+    st.sampled_from([0.1, 1.0, 6.0]),
 )
 def test_attention_equals_the_dense_softmax_in_value_and_all_gradients(n, m, d, channels, size):
     q, k, y = randn(2, n, d) * size, randn(2, m, d, seed=4), randn(2, m, channels, seed=5)

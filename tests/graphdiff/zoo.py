@@ -114,7 +114,8 @@ def oracle(P: Tensor, s: Tensor, mu: float | Tensor) -> Tensor:
     mu = mu.expand(*torch.broadcast_shapes(mu.shape, s.shape)) if mu.ndim else mu.expand(s.shape)
     eye = torch.eye(P.shape[-1], dtype=torch.float64)
     columns = [
-        torch.linalg.solve(eye - mu[..., k, None] * P, ((1 - mu) * s)[..., k, None]) for k in range(s.shape[-1])
+        torch.linalg.solve(eye - mu[..., k, None] * P, ((1 - mu) * s)[..., k, None])
+        for k in range(s.shape[-1])
     ]
     return torch.cat(columns, -1)
 

@@ -1,0 +1,324 @@
+"""y = (1 − µ)(I − µP)⁻¹ s: the promise, the certificate, and what theory says of y (theory 1-5)."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import graphdiff as gd
+from tests.graphdiff.zoo import OPERATORS, SOLVERS, Problem, oracle, problems
+
+solvers = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+
+
+def norm(x, transposed):
+    return x.abs().sum(-2) if transposed else x.abs().amax(-2)
+
+
+def check_promise(problem: Problem, solver, transposed, dtype, tol=None):
+    """The true error against the oracle is within error_bound, and that within tol·‖s‖."""
+    P = problem.P.to(dtype)
+    # The promise is for the problem of the given, rounded, input values.
+    D = OPERATORS[problem.name].dense(P.psi.double()) if "attention" in problem.name else P.P.double()
+    P, D = (P.T, D.mT) if transposed else (P, D)
+    s = problem.s.to(dtype)
+    exact = oracle(D, s, problem.mu)
+    sol = gd.solve(P, s, problem.mu, solver=solver, tol=tol)
+    error = norm(sol.value.double() - exact, transposed)
+    allowed = (tol or {torch.float32: 1e-5, torch.float64: 1e-10}[dtype]) * norm(s.double(), transposed)
+    assert sol.converged.all()
+    assert (sol.error_bound <= allowed).all()
+    # The oracle itself is right to about 1e-13.
+    slip = 1e-13 * norm(s.double(), transposed) / (1 - problem.mu)
+    assert (error <= sol.error_bound + slip).all()
+    assert (sol.lower.double() <= exact + slip.unsqueeze(-2)).all()
+    assert (sol.upper.double() >= exact - slip.unsqueeze(-2)).all()
+    assert sol.value.dtype == dtype
+    assert sol.norm == ("one" if transposed else "inf")
+
+
+@solvers
+@given(problem=problems(), transposed=st.booleans())
+def test_true_error_is_within_the_bound_and_the_bound_within_tol(solver, problem, transposed):
+    check_promise(problem, solver, transposed, torch.float64)
+
+
+@solvers
+@given(problem=problems(), transposed=st.booleans())
+def test_float32_keeps_the_same_promise(solver, problem, transposed):
+    check_promise(problem, solver, transposed, torch.float32)
+
+
+@given(problem=problems(mus=(0.3, 0.9)), tol=st.sampled_from([1e-2, 1e-4, 1e-8]), transposed=st.booleans())
+def test_the_promise_follows_tol(problem, tol, transposed):
+    check_promise(problem, gd.solvers.Walk(), transposed, torch.float64, tol)
+
+
+@given(problems(mus=(0.3, 0.99, 0.999999)))
+def test_theory_1_the_inverse_exists_and_has_norm_one_over_one_minus_mu(problem):
+    n = problem.s.shape[-2]
+    inverse = torch.linalg.inv(torch.eye(n, dtype=torch.float64) - problem.mu * problem.P.dense())
+    norms = inverse.abs().sum(-1).amax(-1)
+    torch.testing.assert_close(norms * (1 - problem.mu), torch.ones_like(norms), rtol=1e-9, atol=0)
+
+
+@given(problems(mus=(0.3, 0.85)))
+def test_theory_2_a_walk_from_s_needs_no_more_steps_than_known_beforehand(problem):
+    tol, s = 1e-6, problem.s
+    sol = gd.solve(problem.P, s, problem.mu, solver=gd.solvers.Walk(), tol=tol)
+    spread = s.amax(-2) - s.amin(-2)
+    known = torch.log(tol * norm(s, False) / spread.clamp(min=1e-300)) / math.log(problem.mu)
+    # The certificate sees the residual, which a priori bounds the error twice over, and keeps a tenth.
+    late = math.ceil(math.log(2.5 / (1 - problem.mu)) / -math.log(problem.mu))
+    assert (sol.steps <= known.clamp(min=0).ceil() + late + 1).all()
+    first = norm(s - oracle(problem.dense, s, problem.mu), False)
+    assert (first <= problem.mu * spread + 1e-12 * norm(s, False)).all()
+
+
+@given(problems(mus=(0.3, 0.85)))
+def test_theory_2_the_error_shrinks_by_mu_a_step(problem):
+    exact = oracle(problem.dense, problem.s, problem.mu)
+    y = problem.s
+    for t in range(8):
+        error = norm(y - exact, False)
+        allowed = problem.mu**t * norm(problem.s - exact, False) + 1e-12 * norm(problem.s, False)
+        assert (error <= allowed).all()
+        y = problem.mu * (problem.P @ y) + (1 - problem.mu) * problem.s
+
+
+@solvers
+@given(problem=problems())
+def test_theory_4_maximum_principle_and_constants(solver, problem):
+    s = problem.s
+    y = gd.diffuse(problem.P, s, problem.mu, solver=solver)
+    slack = 1e-10 * norm(s, False).unsqueeze(-2)
+    assert (y >= s.amin(-2, keepdim=True) - slack).all()
+    assert (y <= s.amax(-2, keepdim=True) + slack).all()
+    constant = torch.full_like(s, 3.0)
+    torch.testing.assert_close(
+        gd.diffuse(problem.P, constant, problem.mu, solver=solver), constant, rtol=1e-10, atol=0
+    )
+
+
+@solvers
+@given(problem=problems())
+def test_theory_4_transpose_conserves_mass(solver, problem):
+    y = gd.diffuse(problem.P.T, problem.s, problem.mu, solver=solver)
+    size = float(norm(problem.s, True).max())
+    torch.testing.assert_close(y.sum(-2), problem.s.sum(-2), rtol=0, atol=1e-10 * size)
+
+
+@given(problems(batches=((),)))
+def test_theory_4_linear_in_s_and_equivariant_under_relabelling(problem):
+    s, other = problem.s, problem.s.flip(-1) ** 2
+    P, mu, size = problem.P, problem.mu, float(problem.s.abs().max() + (problem.s**2).max())
+    close = {"rtol": 0, "atol": 1e-9 * size}
+    y, z = gd.diffuse(P, s, mu), gd.diffuse(P, other, mu)
+    torch.testing.assert_close(gd.diffuse(P, 2 * s - other, mu), 2 * y - z, **close)
+    order = torch.randperm(s.shape[-2], generator=torch.Generator().manual_seed(11))
+    relabelled = gd.DenseTransition(P.dense()[order][:, order])
+    torch.testing.assert_close(gd.diffuse(relabelled, s[order], mu), y[order], **close)
+
+
+def test_theory_4_limits_in_mu():
+    W = torch.rand(6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    P = gd.DenseTransition.from_affinity(W + W.T)
+    s = torch.arange(6, dtype=torch.float64)
+    torch.testing.assert_close(gd.diffuse(P, s, 0.0), s)
+    torch.testing.assert_close(gd.diffuse(P, s, 1e-9), s, rtol=0, atol=1e-7)
+    stationary = P.log_degree.exp() / P.log_degree.exp().sum()
+    near_one = gd.diffuse(P, s, 1 - 1e-5, tol=1e-8)
+    torch.testing.assert_close(near_one, (stationary @ s).expand(6), rtol=0, atol=1e-3)
+
+
+def test_theory_4_the_transpose_is_another_world():
+    """On a star the inverse of I − µPᵀ is 95 times larger in the ∞-norm than in the 1-norm."""
+    A = torch.zeros(201, 201, dtype=torch.float64)
+    A[0, 1:] = A[1:, 0] = 1
+    P = gd.DenseTransition.from_affinity(A)
+    inverse = torch.linalg.inv(torch.eye(201, dtype=torch.float64) - 0.9 * P.P.T)
+    assert float(inverse.abs().sum(0).max()) == pytest.approx(10)
+    assert float(inverse.abs().sum(1).max()) == pytest.approx(953, abs=0.5)
+    s = torch.zeros(201, dtype=torch.float64)
+    s[3] = 1
+    sol = gd.solve(P.T, s, 0.9)
+    assert (sol.value - oracle(P.P.T, s[:, None], 0.9)[:, 0]).abs().sum() <= sol.error_bound <= 1e-10
+
+
+@given(problems(names=("symmetric", "path", "flat attention", "sharp attention"), mus=(0.3, 0.99)))
+def test_theory_5_spectrum_of_reversible_walks(problem):
+    D = problem.dense
+    eigenvalues = torch.linalg.eigvals(torch.eye(D.shape[-1], dtype=torch.float64) - problem.mu * D)
+    assert eigenvalues.imag.abs().max() < 1e-6
+    upper = 1 if problem.P.positive_semidefinite else 1 + problem.mu
+    assert eigenvalues.real.min() > 1 - problem.mu - 1e-9
+    assert eigenvalues.real.max() < upper + 1e-9
+
+
+# --- µ of every shape
+
+
+@solvers
+@given(problem=problems(), kind=st.sampled_from(["channel", "node", "batch"]), transposed=st.booleans())
+def test_mu_per_channel_per_node_and_per_graph(solver, problem, kind, transposed):
+    n, k = problem.s.shape[-2:]
+    g = torch.Generator().manual_seed(5)
+    shape = {"channel": (1, k), "node": (n, 1), "batch": (2, 1, 1)}[kind]
+    mu = 0.95 * torch.rand(shape, generator=g, dtype=torch.float64)
+    P, D = (problem.P.T, problem.dense.mT) if transposed else (problem.P, problem.dense)
+    sol = gd.solve(P, problem.s, mu, solver=solver)
+    exact = oracle(D, problem.s, mu)
+    assert sol.value.shape == exact.shape
+    assert (
+        norm(sol.value - exact, transposed) <= sol.error_bound + 1e-12 * norm(problem.s, transposed)
+    ).all()
+    assert sol.converged.all()
+
+
+def test_a_python_mu_means_itself_in_float32():
+    """1 − µ = 1e-5 is 1.0014e-5 for the nearest float32, and so is the answer of a bipartite pair off."""
+    P = gd.DenseTransition(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    s = torch.tensor([0.0, 1.0])
+    sol = gd.solve(P, s, 0.99999, tol=1e-11, on_failure="ignore")
+    assert sol.value[1] == pytest.approx(1e-5, rel=1e-6)
+    assert float(1 - torch.tensor(0.99999)) != pytest.approx(1e-5, rel=1e-4)
+
+
+# --- what an answer says of itself
+
+
+@solvers
+def test_zero_gives_zero(solver):
+    sol = gd.solve(gd.AttentionTransition(torch.randn(5, 2)), torch.zeros(5, 2), 0.9, solver=solver)
+    assert (sol.value == 0).all()
+    assert (sol.error_bound == 0).all()
+    assert sol.converged.all()
+
+
+def test_shapes_follow_the_signal():
+    P = gd.AttentionTransition(torch.randn(3, 5, 2))
+    assert gd.solve(P, torch.randn(5), 0.5).value.shape == (3, 5)
+    assert gd.solve(P, torch.randn(5), 0.5).error_bound.shape == (3,)
+    sol = gd.solve(P, torch.randn(2, 1, 5, 4), 0.5)
+    assert sol.value.shape == sol.lower.shape == sol.upper.shape == (2, 3, 5, 4)
+    for evidence in (sol.error_bound, sol.converged, sol.steps, sol.matvecs):
+        assert evidence.shape == (2, 3, 4)
+
+
+def test_only_the_value_carries_gradients():
+    sol = gd.solve(gd.AttentionTransition(torch.randn(5, 2)), torch.randn(5, requires_grad=True), 0.5)
+    assert sol.value.requires_grad
+    assert not any(t.requires_grad for t in (sol.lower, sol.upper, sol.error_bound))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_solved_in_float32(dtype):
+    psi, s = torch.randn(8, 3).to(dtype), torch.randn(8, 2).to(dtype)
+    half = gd.solve(gd.AttentionTransition(psi), s, 0.9)
+    single = gd.solve(gd.AttentionTransition(psi.float()), s.float(), 0.9)
+    assert half.converged.all()
+    assert half.value.dtype == dtype
+    assert torch.equal(half.value, single.value.to(dtype))
+
+
+def test_float32_asked_for_more_than_it_holds_says_what_was_reached():
+    P = gd.AttentionTransition(torch.randn(9, 3, generator=torch.Generator().manual_seed(3)))
+    s = torch.randn(9, generator=torch.Generator().manual_seed(4))
+    with pytest.warns(gd.ConvergenceWarning, match="raise max_steps, loosen tol, or use float64"):
+        sol = gd.solve(P, s, 0.9, tol=1e-12)
+    assert not sol.converged
+    assert "rounding in float32 allows no more" in sol.reason
+    exact = oracle(P.psi.double().matmul(P.psi.double().T).softmax(-1), s[:, None], 0.9)[:, 0]
+    assert (sol.value.double() - exact).abs().max() <= sol.error_bound < 1e-6
+
+
+def test_max_steps_is_kept_and_reported():
+    P = gd.DenseTransition(torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64))
+    s = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    arguments = {"solver": gd.solvers.Walk(), "max_steps": 5}
+    with pytest.warns(gd.ConvergenceWarning, match=r"Walk\(\), stopped at max_steps = 5"):
+        sol = gd.solve(P, s, 0.9, **arguments)
+    assert sol.steps == 5
+    assert not sol.converged
+    assert (sol.value - oracle(P.P, s[:, None], 0.9)[:, 0]).abs().max() <= sol.error_bound
+    gd.solve(P, s, 0.9, on_failure="ignore", **arguments)
+    with pytest.raises(gd.ConvergenceError) as raised:
+        gd.solve(P, s, 0.9, on_failure="raise", **arguments)
+    assert torch.equal(raised.value.solution.value, sol.value)
+
+
+def test_a_warm_start_saves_steps():
+    P = gd.AttentionTransition(2 * torch.randn(60, 4, generator=torch.Generator().manual_seed(3)).double())
+    s = torch.randn(60, 3, generator=torch.Generator().manual_seed(4)).double()
+    cold = gd.solve(P, s, 0.95, solver=gd.solvers.Walk())
+    warm = gd.solve(P, s, 0.95, solver=gd.solvers.Walk(), initial=cold.value)
+    assert (warm.steps <= 2).all()
+    assert (cold.steps > 20).all()
+    assert warm.converged.all()
+
+
+def test_a_false_fact_or_a_wrong_solver_cannot_give_a_wrong_answer_unnoticed():
+    """A solver that lies is found out by the certificate, which uses products alone."""
+
+    class Liar(gd.solvers.Direct):
+        def solve(self, state, rhs, initial, target, max_steps):
+            honest = super().solve(state, rhs, initial, target, max_steps)
+            return honest._replace(x=honest.x * 1.001)
+
+    P = gd.AttentionTransition(torch.randn(6, 2, dtype=torch.float64))
+    s = torch.ones(6, dtype=torch.float64)
+    sol = gd.solve(P, s, 0.5, solver=Liar(), tol=1e-30, on_failure="ignore")
+    assert not sol.converged
+    assert (sol.value - 1).abs().max() <= sol.error_bound
+    # With a tolerance within reach, refinement takes the lie out again.
+    assert (gd.diffuse(P, s, 0.5, solver=Liar()) - 1).abs().max() <= 1e-10
+
+
+# --- batch mates
+
+
+@solvers
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["directed", "star", "sharp attention"])
+def test_batch_mates_change_neither_bits_nor_steps(solver, transposed, dtype, name):
+    g = torch.Generator().manual_seed(13)
+    leaf = OPERATORS[name].leaf(g, (3,), 7)
+    s = torch.randn(3, 7, 2, generator=g, dtype=torch.float64).to(dtype)
+    s[1] *= 1e4
+    s[2] = 1.0
+
+    def run(leaf, s):
+        P = OPERATORS[name].build(leaf).to(dtype)
+        return gd.solve(P.T if transposed else P, s, 0.95, solver=solver)
+
+    together = run(leaf, s)
+    for i in range(3):
+        alone = run(leaf[i], s[i])
+        assert torch.equal(alone.value, together.value[i])
+        assert torch.equal(alone.steps, together.steps[i])
+        assert torch.equal(alone.error_bound, together.error_bound[i])
+        for k in range(2):
+            single = run(leaf[i], s[i, :, k])
+            close = 8 * torch.finfo(dtype).eps / (1 - 0.95) * norm(s[i, :, k : k + 1], transposed)
+            assert (norm((single.value - alone.value[:, k]).unsqueeze(-1), transposed) <= close).all()
+
+
+def test_each_signal_stops_on_its_own():
+    P = gd.DenseTransition.from_affinity(torch.eye(4, dtype=torch.float64).roll(1, 0) + torch.eye(4).double())
+    s = torch.stack([torch.ones(4), torch.arange(4.0)], -1).double()
+    sol = gd.solve(P, s, 0.9, solver=gd.solvers.Walk())
+    assert sol.steps[0] == 1  # a constant is its own answer
+    assert sol.steps[1] > 20
+
+
+def test_auto_says_why():
+    small = gd.solve(gd.AttentionTransition(torch.randn(50, 3)), torch.randn(50), 0.9)
+    assert small.solver == "Direct()"
+    assert small.reason.startswith("N = 50: factorising costs less than")
+    large = gd.solve(gd.AttentionTransition(0.1 * torch.randn(2000, 3)), torch.randn(2000), 0.5)
+    assert large.solver == "Walk()"
+    assert "walks at most cost less than factorising" in large.reason
+    assert "reached the tolerance" in repr(large) or "converged" in repr(large)

@@ -1,0 +1,132 @@
+"""Gradients of a solve: theory 9, first and second order, over every operator and solver."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.autograd import gradcheck, gradgradcheck
+
+import graphdiff as gd
+from tests.graphdiff.zoo import OPERATORS, SOLVERS, oracle, problems
+
+TIGHT = {"tol": 1e-13, "on_failure": "ignore"}
+pairs = pytest.mark.parametrize(
+    ("name", "solver"), [(o, s) for o in OPERATORS for s in ("Direct", "Walk")], ids=lambda x: x
+)
+
+
+def instance(name, kind="number", n=4):
+    g = torch.Generator().manual_seed(17)
+    leaf = OPERATORS[name].leaf(g, (), n)
+    s = torch.randn(n, 2, generator=g, dtype=torch.float64)
+    shape = {"number": (), "channel": (1, 2), "node": (n, 1), "graph": (2, 1, 1)}[kind]
+    mu = 0.2 + 0.6 * torch.rand(shape, generator=g, dtype=torch.float64)
+    return tuple(t.requires_grad_() for t in (leaf, s, mu))
+
+
+def diffuse_from(name, solver, transposed):
+    # A zero weight of a graph stays one: perturbing it would change the graph.
+    edges = (instance(name)[0] != 0).double()
+
+    def function(leaf, s, mu):
+        P = OPERATORS[name].build(leaf * edges)
+        return gd.diffuse(P.T if transposed else P, s, mu, solver=SOLVERS[solver], **TIGHT)
+
+    return function
+
+
+@pairs
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradcheck_and_gradgradcheck(name, solver, transposed):
+    inputs = instance(name)
+    function = diffuse_from(name, solver, transposed)
+    assert gradcheck(function, inputs, fast_mode=True)
+    assert gradgradcheck(function, inputs, fast_mode=True, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["channel", "node", "graph"])
+@pytest.mark.parametrize("name", ["directed", "sharp attention"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_mu_of_every_shape(name, kind, transposed):
+    function, inputs = diffuse_from(name, "Direct", transposed), instance(name, kind)
+    assert gradcheck(function, inputs, fast_mode=True)
+    assert gradgradcheck(function, inputs, fast_mode=True, atol=1e-4)
+
+
+@pytest.mark.slow
+@pairs
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", ["number", "channel", "node", "graph"])
+def test_gradcheck_and_gradgradcheck_entry_by_entry(name, solver, transposed, kind):
+    function, inputs = diffuse_from(name, solver, transposed), instance(name, kind)
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs, atol=1e-4)
+
+
+@settings(max_examples=40)
+@given(problems(mus=(0.3, 0.85, 0.99), batches=((),)))
+def test_theory_9_against_autograd_through_a_dense_solve(problem):
+    leaf, s = problem.leaf.clone().requires_grad_(), problem.s.clone().requires_grad_()
+    mu = torch.tensor(problem.mu, dtype=torch.float64, requires_grad=True)
+    y = gd.diffuse(OPERATORS[problem.name].build(leaf), s, mu)
+    exact = oracle(OPERATORS[problem.name].dense(leaf), s, mu)
+    g = torch.randn(s.shape, generator=torch.Generator().manual_seed(19), dtype=torch.float64)
+    got, expected = (torch.autograd.grad(out, (leaf, s, mu), g) for out in (y, exact))
+    scale = float(s.detach().abs().max()) / (1 - problem.mu) ** 2
+    for a, b, size in zip(got, expected, (scale, 1.0, scale), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8 * size * s.numel())
+
+
+def test_theory_9_closed_forms():
+    psi = torch.randn(6, 3, generator=torch.Generator().manual_seed(23), dtype=torch.float64)
+    P = gd.AttentionTransition(psi)
+    s, g = psi[:, :2].clone().requires_grad_(), psi[:, 1:].clone()
+    mu = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    y = gd.diffuse(P, s, mu)
+    y.backward(g)
+    adjoint = torch.linalg.solve(torch.eye(6).double() - 0.7 * P.dense().T, g)
+    torch.testing.assert_close(s.grad, 0.3 * adjoint)
+    torch.testing.assert_close(mu.grad, (adjoint * (P @ y.detach() - s.detach())).sum())
+    # The signal's gradient is diffusion by the transpose.
+    torch.testing.assert_close(s.grad, gd.diffuse(P.T, g, 0.7))
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
+def test_gradients_in_lower_precision(dtype, close):
+    """Against float64 at the same rounded inputs and cotangent."""
+    g = torch.Generator().manual_seed(29)
+    inputs = [torch.randn(20, 3, generator=g), torch.randn(20, 2, generator=g), torch.tensor(0.9)]
+    cotangent = torch.randn(20, 2, generator=g).to(dtype)
+
+    def gradients(working):
+        psi, s, mu = (x.clone().to(dtype).to(working).requires_grad_() for x in inputs)
+        gd.diffuse(gd.AttentionTransition(psi), s, mu).backward(cotangent.to(working))
+        return psi.grad, s.grad, mu.grad
+
+    for a, b in zip(gradients(dtype), gradients(torch.float64), strict=True):
+        assert a.dtype == dtype
+        assert (a.double() - b).abs().max() <= close * b.abs().max()
+
+
+def test_a_backward_that_misses_its_promise_warns():
+    P = gd.DenseTransition(torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64))
+    s = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    y = gd.diffuse(P, s, 0.9, solver=gd.solvers.Walk(), max_steps=3)  # a constant: done in one step
+    with pytest.warns(gd.ConvergenceWarning, match="gradient of a solve"):
+        y.backward(torch.tensor([1.0, -1.0], dtype=torch.float64))
+
+
+def test_no_graph_of_the_steps_is_kept():
+    """The nodes reachable from y do not grow with the number of walks."""
+
+    def nodes(mu):
+        psi = torch.randn(10, 2, generator=torch.Generator().manual_seed(37), requires_grad=True)
+        y = gd.diffuse(gd.AttentionTransition(psi), torch.arange(10.0), mu, solver=gd.solvers.Walk())
+        seen, pending = set(), [y.grad_fn]
+        while pending:
+            node = pending.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                pending.extend(parent for parent, _ in node.next_functions)
+        return len(seen)
+
+    assert nodes(0.1) == nodes(0.95)

@@ -1,0 +1,34 @@
+"""The Python of the README and of docs/ runs as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+DOCUMENTS = [
+    path
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if BLOCK.search(path.read_text())
+]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_block_runs_after_those_before_it(path):
+    torch.manual_seed(0)
+    names = {}
+    for block in BLOCK.findall(path.read_text(encoding="utf-8")):
+        exec(compile(block, path.name, "exec"), names)
+    if path.name == "README.md":
+        # The model of the README, somebody else's network with a cascade on top, learns.
+        assert names["losses"][-1] < names["losses"][0]
+        gradients = [parameter.grad for parameter in names["model"].refine.parameters()]
+        assert all(g is not None and g.abs().sum() > 0 for g in gradients)
+
+
+def test_links_inside_the_repository_lead_somewhere():
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
