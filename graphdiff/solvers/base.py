@@ -41,11 +41,11 @@ class Solver(ABC):
 
     @abstractmethod
     def solve(
-        self, state: Any, rhs: Tensor, initial: Tensor, target: Tensor, max_steps: int | None
+        self, state: Any, rhs: Tensor, initial: Tensor, target: Tensor, max_steps: Tensor | None
     ) -> Iterate:
         """An x whose error bound is at most `target` [..., 1, K] where the arithmetic allows.
 
-        Each right-hand side stops on its own. Runs without autograd, in the dtype of `rhs`.
+        Each right-hand side stops on its own, after `max_steps` [..., 1, K] at the latest. Runs without autograd, in the dtype of `rhs`.
         """
 
     def __str__(self) -> str:
@@ -81,15 +81,23 @@ def residual_bound(operator: Transition, mu: Tensor, residual: Tensor) -> Tensor
 
 def _residual_interval(operator: Transition, mu: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds of the entries of x* − x, both [..., 1, K]; in the 1-norm, total masses below and above 0."""
-    remaining = 1 - mu * operator.row_sums
+    remaining = _remaining(operator, mu)
     if norm_of(operator) == "inf":
         q = residual / remaining
         return q.amin(-2, keepdim=True), q.amax(-2, keepdim=True)
-    remaining = remaining.amin(-2, keepdim=True)
     return (
         residual.clamp(max=0).sum(-2, keepdim=True) / remaining,
         residual.clamp(min=0).sum(-2, keepdim=True) / remaining,
     )
+
+
+def _remaining(operator: Transition, mu: Tensor) -> Tensor:
+    """1 − µ·rowsum: node by node for rows; its smallest value, [..., 1, K], for columns."""
+    sums = operator.row_sums
+    if norm_of(operator) == "one":
+        mu = mu.amax(-2, keepdim=True)
+        sums = sums.amax(-2, keepdim=True) if isinstance(sums, Tensor) else sums
+    return 1 - mu * sums
 
 
 def _interval_norm(low: Tensor, high: Tensor, norm: Norm) -> Tensor:
@@ -131,7 +139,7 @@ def solve_certified(
     steps = torch.zeros(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
     matvecs = torch.zeros_like(steps)
     for _ in range(1 + MAX_REFINEMENTS):
-        left = None if max_steps is None else max_steps - int(steps.max())
+        left = None if max_steps is None else max_steps - steps.unsqueeze(-2)
         b, guess, goal = (t.to(operator.dtype) for t in (correction, initial, target))
         found = solver.solve(state, b, guess, goal, left)
         refined = x + found.x.to(rhs.dtype)
@@ -147,7 +155,9 @@ def solve_certified(
         )
         # Where a refinement no longer halves the bound, rounding has taken over and none will.
         pending = halved & (bound > allowed)
-        if not bool(pending.any()) or (max_steps is not None and int(steps.max()) >= max_steps):
+        if max_steps is not None:
+            pending = pending & (steps.unsqueeze(-2) < max_steps)
+        if not bool(pending.any()):
             break
         correction = torch.where(pending, residual, 0.0)
         initial = torch.zeros_like(residual)
@@ -171,7 +181,7 @@ def _evidence(
     if norm == "one":
         slack = slack + nodes * eps * size(residual, norm)
     low, high = _residual_interval(operator, mu, residual)
-    remaining = (1 - mu * operator.row_sums).amin(-2, keepdim=True)
+    remaining = _remaining(operator, mu).amin(-2, keepdim=True)
     # The quotients by 1 − µ are computed too.
     bound = _interval_norm(low, high, norm)
     extra = slack / remaining + 8 * eps / remaining * bound

@@ -39,7 +39,7 @@ class Direct(Solver):
         return Factors(*torch.linalg.lu_factor(A))
 
     def solve(
-        self, state: Factors, rhs: Tensor, initial: Tensor, target: Tensor, max_steps: int | None
+        self, state: Factors, rhs: Tensor, initial: Tensor, target: Tensor, max_steps: Tensor | None
     ) -> Iterate:
         """Forward and back substitution."""
         if state.lu.shape[-3] == 1:

@@ -38,7 +38,7 @@ class Walk(Solver):
         return Problem(operator, mu)
 
     def solve(
-        self, state: Problem, rhs: Tensor, initial: Tensor, target: Tensor, max_steps: int | None
+        self, state: Problem, rhs: Tensor, initial: Tensor, target: Tensor, max_steps: Tensor | None
     ) -> Iterate:
         """Walk until the bound of each right-hand side is below its target.
 
@@ -60,7 +60,7 @@ class Walk(Solver):
             if limit is None:
                 limit = 1 + _steps_to(target, bound, largest)
                 if max_steps is not None:
-                    limit = limit.clamp(max=max_steps)
+                    limit = torch.minimum(limit, max_steps)
             active = active & (bound > target) & (steps < limit)
             if not bool(active.any()):
                 counts = steps.squeeze(-2)

@@ -306,6 +306,19 @@ def test_batch_mates_change_neither_bits_nor_steps(solver, transposed, dtype, na
             assert (norm((single.value - alone.value[:, k]).unsqueeze(-1), transposed) <= close).all()
 
 
+def test_max_steps_is_a_budget_of_each_signal():
+    """float32 needs refinement here; what one signal spends, another does not miss."""
+    psi = 1.5 * torch.randn(30, 3, generator=torch.Generator().manual_seed(71))
+    s = torch.randn(30, 2, generator=torch.Generator().manual_seed(73))
+    s[:, 0] = s[:, 0].abs() + 100
+    options = {"solver": gd.solvers.Walk(), "tol": 3e-7, "on_failure": "ignore", "max_steps": 150}
+    together = gd.solve(gd.AttentionTransition(psi), s, 0.95, **options)
+    for k in range(2):
+        alone = gd.solve(gd.AttentionTransition(psi), s[:, k], 0.95, **options)
+        assert alone.steps == together.steps[k]
+        assert alone.steps <= 150
+
+
 def test_each_signal_stops_on_its_own():
     P = gd.DenseTransition.from_affinity(torch.eye(4, dtype=torch.float64).roll(1, 0) + torch.eye(4).double())
     s = torch.stack([torch.ones(4), torch.arange(4.0)], -1).double()
