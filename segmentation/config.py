@@ -24,10 +24,9 @@ RECIPES = {"shapes": "shapes.yaml", "voc": "paper.yaml"}
 """Which recipe a data set has; both are read from the folder configs."""
 
 
-def _option(help_text: str, *names: str, low: float | None = None, high: float | None = None) -> Any:
-    # Defaults are shown as part of the help: click knows only None, since a flag's absence must be told from
-    # a value.
-    return typer.Option(*names, help=help_text, min=low, max=high, show_default=False)
+def _option(help_text: str, low: float | None = None, high: float | None = None) -> Any:
+    # The help text shows the default: typer knows only None, which tells an absent flag from a given one.
+    return typer.Option(help=help_text, min=low, max=high, show_default=False)
 
 
 @dataclass(frozen=True, kw_only=True)

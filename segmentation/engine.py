@@ -157,7 +157,10 @@ def evaluate(
 def metrics_row(
     at: Position, epoch: float, lr: float, images_per_second: float, scores: Scores
 ) -> dict[str, Any]:
-    """The columns of metrics.csv that every model has; scores in [0, 1]."""
+    """The columns of metrics.csv that every model has.
+
+    Scores lie in [0, 1]; `loss` is the mean since the last scoring, `lr` the base rate of the step to come.
+    """
     return {
         "step": at.step,
         "epoch": round(epoch, 3),

@@ -125,7 +125,7 @@ def environment(config: Config, device: str, threads: int) -> dict[str, Any]:
 def _append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     is_new = not file.exists()
     with open(file, "a", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         if is_new:
             writer.writeheader()
         writer.writerows(rows)

@@ -5,6 +5,9 @@ Without arguments: DifNet-18 on the built-in shapes, for some minutes on two cor
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -43,10 +46,6 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
         UsageError: what was asked for cannot be done, or the loss is no longer finite.
     """
     # These take seconds to import; --help and a mistyped flag do not wait for them.
-    import dataclasses
-    import math
-    import time
-
     import torch
     from lightning.fabric import Fabric
 
@@ -155,10 +154,10 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
             image, label = next(batches)
             loss = engine.segmentation_loss(network(image), label)
             if not math.isfinite(loss.item()):
-                saved = (
+                left = (
                     f"{run.state} holds an earlier step" if run.state.is_file() else "no step was saved yet"
                 )
-                raise UsageError(f"the loss is {loss.item()} at step {at.step + 1}: lower --lr; {saved}")
+                raise UsageError(f"the loss is {loss.item()} at step {at.step + 1}: lower --lr; {left}")
             optimizer.zero_grad()
             fabric.backward(loss)
             optimizer.step()
