@@ -59,10 +59,11 @@ def panel(model: DifNet | SimDeepLab, dataset: SegmentationDataset, indices: lis
     legend = [(dataset.classes[c], colours[c]) for c in sorted(drawn - {VOID})]
     if VOID in drawn:
         legend.append(("void", np.array(_VOID_COLOUR)))
-    legend_lines = -(-len(legend) // max(6, len(titles)))
     heights = [image.shape[0] / image.shape[1] for (_, image), *_ in rows]
+    # All in inches: pictures of one width, and a legend of as many lines as its names need.
     cell = 1.5
-    top, bottom = 0.35, 0.3 * legend_lines + 0.1
+    per_line = max(1, int(cell * len(titles) / 1.15))
+    top, bottom = 0.35, 0.17 * -(-len(legend) // per_line) + 0.15
     size = (cell * len(titles), cell * sum(heights) + top + bottom)
     figure = Figure(figsize=size, dpi=140)
     axes = figure.subplots(len(rows), len(titles), squeeze=False, gridspec_kw={"height_ratios": heights})
@@ -75,8 +76,7 @@ def panel(model: DifNet | SimDeepLab, dataset: SegmentationDataset, indices: lis
         for (_, picture), axis in zip(row, line, strict=True):
             _show(axis, picture, colours)
     handles = [Patch(facecolor=colour, edgecolor="0.5", label=name) for name, colour in legend]
-    columns = -(-len(handles) // legend_lines)
-    figure.legend(handles=handles, loc="lower center", ncols=columns, fontsize=7, frameon=False)
+    figure.legend(handles=handles, loc="lower center", ncols=per_line, fontsize=7, frameon=False)
     figure.savefig(file, format="png")
 
 
