@@ -107,9 +107,8 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     _append(file, rows)
 
 
-def environment(config: Config, device: str, threads: int) -> dict[str, Any]:
+def environment(config: Config, device: str, threads: int, weights_sha256: str | None) -> dict[str, Any]:
     """What env.json records: what one needs to know to repeat a run, beyond its config."""
-    weights = config.weights_backbone
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -118,7 +117,7 @@ def environment(config: Config, device: str, threads: int) -> dict[str, Any]:
         "device": device,
         "threads": threads,
         "seed": config.seed,
-        "weights_sha256": _sha256(Path(weights)) if weights not in ("none", "hub") else None,
+        "weights_sha256": weights_sha256,
     }
 
 
@@ -159,8 +158,9 @@ def _commit() -> str | None:
         return None
 
 
-def _sha256(file: Path) -> str | None:
-    if not file.is_file():
+def weights_sha256(config: Config) -> str | None:
+    """Hash of the file the backbones start from; None if they start from no file of ours."""
+    if config.weights_backbone in ("none", "hub"):
         return None
-    with open(file, "rb") as stream:
+    with open(config.weights_backbone, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

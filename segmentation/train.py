@@ -55,7 +55,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     from segmentation.models import DifNet
     from segmentation.models.backbone import load_pretrained
     from segmentation.progress import Progress, StopSignal
-    from segmentation.rundir import RunDir, environment
+    from segmentation.rundir import RunDir, environment, weights_sha256
 
     # All that can be refused is refused before the first file is written.
     run = RunDir(config.run_dir)
@@ -75,8 +75,10 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     model = engine.build_model(config, len(classes))
     if state is None:
         fresh_parts = load_pretrained(model.backbones, config.backbone, config.weights_backbone)
+        weights_hash = weights_sha256(config)
     else:
-        fresh_parts = frozenset(state["fresh_parts"])
+        # The file may be gone by now, and is not needed.
+        fresh_parts, weights_hash = frozenset(state["fresh_parts"]), state["weights_sha256"]
     model.to(device)
     groups = engine.parameter_groups(model, fresh_parts, config)
     optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
@@ -99,7 +101,8 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     validation = loader.evaluation_loader(scored, config.workers, config.limit_val_batches)
     few = loader.evaluation_loader(scored, 0, HEALTH_IMAGES)
 
-    run.start(config, environment(config, str(device), torch.get_num_threads()), at.step, at.evaluation_due)
+    facts = environment(config, str(device), torch.get_num_threads(), weights_hash)
+    run.start(config, facts, at.step, at.evaluation_due)
     progress = Progress(total, at.step, config.log_every)
     for line in _introduction(config, model, fresh_parts, training_set, validation_set, total, str(device)):
         progress.say(line)
@@ -113,6 +116,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
                 "config": config.as_dict(),
                 "classes": list(classes),
                 "fresh_parts": sorted(fresh_parts),
+                "weights_sha256": weights_hash,
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(),

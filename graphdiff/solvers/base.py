@@ -45,7 +45,8 @@ class Solver(ABC):
     ) -> Iterate:
         """An x whose error bound is at most `target` [..., 1, K] where the arithmetic allows.
 
-        Each right-hand side stops on its own, after `max_steps` [..., 1, K] at the latest. Runs without autograd, in the dtype of `rhs`.
+        Each right-hand side stops on its own, after `max_steps` [..., 1, K] at the latest. Runs without
+        autograd, in the dtype of `rhs`.
         """
 
     def __str__(self) -> str:

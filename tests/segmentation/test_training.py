@@ -1,6 +1,7 @@
 """Training and scoring as a whole, at tiny size."""
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from segmentation.data.transforms import training_transform
 from segmentation.errors import UsageError
 from segmentation.evaluate import evaluate
 from segmentation.models import DifNet, SimDeepLab
-from segmentation.models.backbone import PARTS
+from segmentation.models.backbone import PARTS, resnet
 from segmentation.train import train
 from tests.segmentation.conftest import UNBROKEN, tiny, write_voc
 
@@ -62,6 +63,18 @@ def test_a_run_leaves_what_it_promises(unbroken):
     assert (environment["threads"], environment["device"]) == (1, "cpu")
     assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
     assert resolve({}, unbroken / "config.yaml") == tiny(unbroken, **UNBROKEN)
+
+
+def test_the_hash_of_the_weight_file_outlives_the_file(tmp_path):
+    file = tmp_path / "imagenet.pth"
+    torch.save(resnet("resnet18", (1, 2, 3, 4)).state_dict(), file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    run = tmp_path / "run"
+    config = tiny(run, model="sim-deeplab", aspp=False, weights_backbone=str(file), max_steps=1)
+    assert train(config) == 0
+    file.unlink()
+    assert train(config, resume="auto") == 0
+    assert json.loads((run / "env.json").read_text())["weights_sha256"] == digest
 
 
 def test_evaluate_gives_the_score_of_training(unbroken, tmp_path, capsys):
