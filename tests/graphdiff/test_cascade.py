@@ -111,16 +111,17 @@ def test_theory_10_the_two_collapses_and_their_cure():
 
     def median_diagonal_and_largest_column(**options):
         torch.manual_seed(59)
-        P = gd.FeatureEmbedding(32, 64, **options)(features, grid=options_grid).dense()[0]
+        with torch.no_grad():
+            P = gd.FeatureEmbedding(32, 64, **options)(features, grid=grid).dense()[0]
         return float(P.diagonal().median()), float(P.mean(0).max())
 
-    options_grid = (64 // 8, 64 // 8)  # pooled: norms differ, rows point at the longest node
+    grid = (64 // 8, 64 // 8)  # pooled: norms differ, rows point at the longest node
     diagonal, hub = median_diagonal_and_largest_column()
     assert diagonal < 1e-2
     assert hub > 0.3
     _, mended = median_diagonal_and_largest_column(scale=1 / 64)
     assert mended < 0.1
-    options_grid = (64, 64)  # not pooled: norms alike and large, every node keeps to itself
+    grid = (64, 64)  # not pooled: norms alike and large, every node keeps to itself
     diagonal, _ = median_diagonal_and_largest_column()
     assert diagonal > 0.9
     diagonal, _ = median_diagonal_and_largest_column(init_gain=0.3)
