@@ -1,5 +1,6 @@
 """P = D⁻¹W held as a matrix."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -115,7 +116,7 @@ class DenseTransition(Transition):
         nodes, channels = y.shape[-2:]
         # A single column alone would go through a matrix-vector kernel, in a batch through another.
         y = pad(y, (0, 1 if channels == 1 else 0, 0, P.shape[-1] - nodes))
-        batch = torch.broadcast_shapes(P.shape[:-2], y.shape[:-2])  # type: ignore[no-untyped-call]
+        batch = checks.broadcast_batch([P.shape[:-2], y.shape[:-2]], "P and y")
         flat = [x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (P, y)]
         return torch.bmm(*flat).reshape(*batch, *y.shape[-2:])[..., :nodes, :channels]
 
@@ -132,7 +133,7 @@ class DenseTransition(Transition):
     def _filled_up_once(self) -> Tensor:
         return _filled_up(self.P.detach())
 
-    def rows(self, index: Tensor | list[int]) -> Tensor:  # type: ignore[override]
+    def rows(self, index: Tensor | Sequence[int]) -> Tensor:
         """The rows P[index]."""
         return self.P[..., self._row_index(index), :]
 
