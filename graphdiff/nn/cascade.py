@@ -1,7 +1,8 @@
 """The learned cascade: y⁰ = s, yᵗ⁺¹ = β_t (µ_t P_t yᵗ + (1 − µ_t) s) + (1 − β_t) yᵗ (Eq. 5)."""
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import Literal, overload
+from typing import Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from graphdiff import checks
 from graphdiff.nn.embedding import FeatureEmbedding
 from graphdiff.operators.base import Transition
+
+Relaxation = Literal["sigmoid", "free"]
 
 
 class WalkStep(nn.Module):
@@ -18,9 +21,15 @@ class WalkStep(nn.Module):
 
     Args:
         mu: First value of µ: in (0, 1) where learned, in [0, 1) where fixed.
-        beta: First value of β: in (0, 1) where learned, in [0, 1] where fixed.
+        beta: First value of β: in (0, 1) where learned, in [0, 1] where fixed; finite and > 0 where free.
         learn_mu: Learn µ, as the sigmoid of a scalar; else it stays `mu`, in the module's dtype.
-        learn_beta: Learn β, likewise.
+        learn_beta: Learn β, likewise, or as it is where free.
+        relaxation: "sigmoid" keeps β within [0, 1], so that a step is an average. "free" does not: β > 1
+            reaches further than a walk does (`CascadedWalk.chebyshev`), but a step may then leave the range
+            of the seed.
+
+    Raises:
+        ValueError: A first value does not fit, or `relaxation` is neither.
 
     Example:
         >>> import torch, graphdiff as gd
@@ -32,15 +41,29 @@ class WalkStep(nn.Module):
     """
 
     def __init__(
-        self, mu: float = 0.5, beta: float = 0.5, *, learn_mu: bool = True, learn_beta: bool = True
+        self,
+        mu: float = 0.5,
+        beta: float = 0.5,
+        *,
+        learn_mu: bool = True,
+        learn_beta: bool = True,
+        relaxation: Relaxation = "sigmoid",
     ) -> None:
         super().__init__()
-        self.learn_mu, self.learn_beta = learn_mu, learn_beta
+        if relaxation not in ("sigmoid", "free"):
+            raise ValueError(f'relaxation: expected "sigmoid" or "free", got {relaxation!r}')
+        self.learn_mu, self.learn_beta, self.relaxation = learn_mu, learn_beta, relaxation
         if learn_mu:
             self.mu_logit = nn.Parameter(torch.logit(torch.tensor(checks.fraction(mu, "mu"))))
         else:
             self.register_buffer("mu_fixed", torch.tensor(checks.closed_fraction(mu, "mu", below_one=True)))
-        if learn_beta:
+        if relaxation == "free":
+            first = torch.tensor(checks.positive_number(beta, "beta"))
+            if learn_beta:
+                self.beta_free = nn.Parameter(first)
+            else:
+                self.register_buffer("beta_fixed", first)
+        elif learn_beta:
             self.beta_logit = nn.Parameter(torch.logit(torch.tensor(checks.fraction(beta, "beta"))))
         else:
             self.register_buffer("beta_fixed", torch.tensor(checks.closed_fraction(beta, "beta")))
@@ -53,7 +76,9 @@ class WalkStep(nn.Module):
     @property
     def beta(self) -> Tensor:
         """β, a 0-d tensor."""
-        return torch.sigmoid(self.beta_logit) if self.learn_beta else self.get_buffer("beta_fixed")
+        if not self.learn_beta:
+            return self.get_buffer("beta_fixed")
+        return self.beta_free if self.relaxation == "free" else torch.sigmoid(self.beta_logit)
 
     def forward(self, P: Transition, y: Tensor, s: Tensor) -> Tensor:
         """The next y, [..., N, K], from the last one and the seed."""
@@ -63,10 +88,11 @@ class WalkStep(nn.Module):
     def extra_repr(self) -> str:
         """The values, and which of them are learned."""
         kinds = [("µ", self.mu, self.learn_mu), ("β", self.beta, self.learn_beta)]
-        return ", ".join(
+        values = ", ".join(
             f"{name}={float(value.detach()):.4g} ({'learned' if learned else 'fixed'})"
             for name, value, learned in kinds
         )
+        return values if self.relaxation == "sigmoid" else f"{values}, relaxation={self.relaxation!r}"
 
 
 class CascadedWalk(nn.Module):
@@ -79,15 +105,17 @@ class CascadedWalk(nn.Module):
         feature_channels: Channels C_t of the T features; None with `steps`.
         embedding_channels: d of every ψ.
         steps: T, where the transitions are given ready; None with `feature_channels`.
-        mu: First value of every µ_t (`WalkStep`).
-        beta: First value of every β_t.
+        mu: First value of every µ_t (`WalkStep`), or T of them.
+        beta: First value of every β_t, or T of them.
         learn_mu: Learn them, as sigmoids of scalars; else they stay `mu`.
         learn_beta: Likewise.
+        relaxation: "sigmoid" keeps every β_t within [0, 1], "free" does not.
         init_gain: First gain of every embedding (`FeatureEmbedding`).
         scale: Factor on every embedding's inner products.
 
     Raises:
-        ValueError: Both or neither of `feature_channels` and `steps` are given, or a number does not fit.
+        ValueError: Both or neither of `feature_channels` and `steps` are given, or a number or how many of
+            them does not fit.
 
     Example:
         >>> import torch, graphdiff as gd
@@ -107,26 +135,92 @@ class CascadedWalk(nn.Module):
         embedding_channels: int = 64,
         *,
         steps: int | None = None,
-        mu: float = 0.5,
-        beta: float = 0.5,
+        mu: float | Sequence[float] = 0.5,
+        beta: float | Sequence[float] = 0.5,
         learn_mu: bool = True,
         learn_beta: bool = True,
+        relaxation: Relaxation = "sigmoid",
         init_gain: float = 1.0,
         scale: float = 1.0,
     ) -> None:
         super().__init__()
-        if (feature_channels is None) == (steps is None):
-            raise ValueError(
-                "expected either feature_channels, for walks on features, or steps, for ready transitions; "
-                f"got feature_channels={feature_channels} and steps={steps}"
-            )
+        count = _count(feature_channels, steps)
         channels = [] if feature_channels is None else list(feature_channels)
-        count = checks.positive_integer(len(channels) if steps is None else steps, "number of walks")
         self.embeddings = nn.ModuleList(
             FeatureEmbedding(c, embedding_channels, init_gain=init_gain, scale=scale) for c in channels
         )
         self.steps = nn.ModuleList(
-            WalkStep(mu, beta, learn_mu=learn_mu, learn_beta=learn_beta) for _ in range(count)
+            WalkStep(m, b, learn_mu=learn_mu, learn_beta=learn_beta, relaxation=relaxation)
+            for m, b in zip(_each(mu, count, "mu"), _each(beta, count, "beta"), strict=True)
+        )
+
+    @classmethod
+    def chebyshev(
+        cls,
+        feature_channels: Sequence[int] | None = None,
+        embedding_channels: int = 64,
+        *,
+        steps: int | None = None,
+        mu: float = 0.5,
+        positive_semidefinite: bool | None = None,
+        learn_mu: bool = True,
+        learn_beta: bool = True,
+        init_gain: float = 1.0,
+        scale: float = 1.0,
+    ) -> Self:
+        r"""A free cascade that starts from the best β_t there are for one P and one µ.
+
+        Then its error is a polynomial in A = I − µP times the first error,
+
+        .. math:: y_T - y^* = \prod_t (I - \beta_t A) (s - y^*),
+                  \quad \|y_T - y^*\|_D \le \frac{2\rho^T}{1 + \rho^{2T}} \|s - y^*\|_D,
+                  \quad \rho = \frac{\sqrt\kappa - 1}{\sqrt\kappa + 1},
+
+        with 1/β_t the Chebyshev nodes of an interval that holds the spectrum of A for any reversible P:
+        [1 − µ, 1] where P is positive semi-definite, so κ = 1/(1 − µ), else [1 − µ, 1 + µ], so
+        κ = (1 + µ)/(1 − µ). With a P of its own in every step this is a starting point, not a promise. The
+        β_t stand in Leja order, which keeps the products bounded in between for any number of steps.
+
+        Args:
+            feature_channels: As in the constructor, and so are the arguments not named here.
+            embedding_channels: d of every ψ.
+            steps: T, where the transitions are given ready.
+            mu: First value of all µ_t.
+            positive_semidefinite: Whether the walks are. If None, yes for walks on features, which are
+                attention, and no for ready transitions: [1 − µ, 1 + µ] is right for every reversible walk,
+                whereas a spectrum that leaves the assumed interval makes the error grow.
+            learn_mu: Learn µ_t.
+            learn_beta: Learn β_t, free of the sigmoid.
+            init_gain: First gain of every embedding.
+            scale: Factor on every embedding's inner products.
+
+        Raises:
+            ValueError: As in the constructor.
+
+        Example:
+            >>> import torch, graphdiff as gd
+            >>> P, s = gd.AttentionTransition(torch.randn(50, 4)), torch.randn(1, 50, 2)
+            >>> walk = gd.CascadedWalk.chebyshev(steps=5, mu=0.9, positive_semidefinite=True, learn_mu=False)
+            >>> [round(b, 2) for b in walk.beta.tolist()]
+            [1.02, 8.2, 1.82, 3.5, 1.23]
+            >>> bool((walk(s, [P] * 5) - gd.diffuse(P, s, mu=0.9)).abs().max() < 0.3)
+            True
+        """
+        count = _count(feature_channels, steps)
+        mu = checks.closed_fraction(mu, "mu", below_one=True)
+        if positive_semidefinite is None:
+            positive_semidefinite = steps is None
+        return cls(
+            feature_channels,
+            embedding_channels,
+            steps=steps,
+            mu=mu,
+            beta=_chebyshev_relaxations(count, 1 - mu, 1 if positive_semidefinite else 1 + mu),
+            learn_mu=learn_mu,
+            learn_beta=learn_beta,
+            relaxation="free",
+            init_gain=init_gain,
+            scale=scale,
         )
 
     @property
@@ -248,3 +342,45 @@ class CascadedWalk(nn.Module):
     @staticmethod
     def _like(y: Tensor, seed: Tensor) -> Tensor:
         return (y.mT.reshape(seed.shape) if seed.ndim == 4 else y).to(seed.dtype)
+
+
+def _count(feature_channels: Sequence[int] | None, steps: int | None) -> int:
+    """T."""
+    if feature_channels is not None and steps is None:
+        return checks.positive_integer(len(feature_channels), "number of walks")
+    if feature_channels is None and steps is not None:
+        return checks.positive_integer(steps, "number of walks")
+    raise ValueError(
+        "expected either feature_channels, for walks on features, or steps, for ready transitions; "
+        f"got feature_channels={feature_channels} and steps={steps}"
+    )
+
+
+def _each(value: float | Sequence[float], count: int, name: str) -> Sequence[float]:
+    """One value for each walk."""
+    if not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(
+            f"{name}: expected one number for all walks or {count}, one for each, got {len(value)}"
+        )
+    return value
+
+
+def _chebyshev_relaxations(count: int, low: float, high: float) -> list[float]:
+    """β_t = 1/node over the Chebyshev nodes of [low, high], in Leja order.
+
+    Each next node is as far as can be from those before it (their distances multiplied): in sorted order
+    the products on the way grow exponentially with the number of steps, and take the digits with them.
+    """
+    middle, radius = (high + low) / 2, (high - low) / 2
+    left = [math.cos((2 * k + 1) / (2 * count) * math.pi) for k in range(count)]
+    ordered, log_distance = [], [0.0] * count
+    while left:
+        # The first is the largest node, so the smallest β.
+        at = max(range(len(left)), key=log_distance.__getitem__)
+        node = left.pop(at)
+        log_distance.pop(at)
+        log_distance = [total + math.log(abs(x - node)) for total, x in zip(log_distance, left, strict=True)]
+        ordered.append(1 / (middle + radius * node))
+    return ordered
