@@ -9,6 +9,7 @@ from graphdiff import nn, operators, solvers
 from graphdiff.diffusion import diffuse, solve
 from graphdiff.nn import CascadedWalk, FeatureEmbedding, WalkStep
 from graphdiff.operators import AttentionTransition, DenseTransition, Transition
+from graphdiff.ranking import pagerank
 from graphdiff.solution import ConvergenceError, ConvergenceWarning, Solution
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "diffuse",
     "nn",
     "operators",
+    "pagerank",
     "solve",
     "solvers",
 ]

@@ -20,6 +20,7 @@ FLOORS = {
         ["solvers.base", "solvers.direct", "solvers.walk", "solvers.auto", "solvers"],
         ["implicit"],
         ["diffusion"],
+        ["ranking"],
         ["nn.embedding", "nn.cascade", "nn"],
         [""],
     ],
