@@ -93,8 +93,11 @@ def solve(
     seed, mu = signal.to(wide).expand(shape), mu.to(wide)
     norm = norm_of(P)
     atol = tol * size(seed.detach(), norm)
-    call = Call(operator, solver if solver is not None else Auto(), tol, max_steps, on_failure)
-    chosen, why = call.chosen(mu, shape[-1])
+    if solver is None or isinstance(solver, Auto):
+        chosen, why = Auto().choose(operator, mu, shape[-1], tol)
+    else:
+        chosen, why = solver, "as asked"
+    call = Call(operator, chosen, tol, max_steps, on_failure)
     start = (seed if initial is None else initial.to(wide).expand(shape)).detach()
     answer = implicit_solve(call, (1 - mu) * seed, mu, initial=start, atol=atol)
 

@@ -9,7 +9,7 @@ So the backward is the same operation on Pᵀ, differentiable again, and holds n
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from graphdiff.operators.base import Transition
 from graphdiff.solution import ConvergenceError, ConvergenceWarning, Solution
-from graphdiff.solvers.auto import Auto
 from graphdiff.solvers.base import Certified, Solver, norm_of, size, solve_certified
 
 OnFailure = Literal["warn", "raise", "ignore"]
@@ -28,16 +27,12 @@ class Call:
     """What forward and backward of one solve share, none of it differentiable."""
 
     operator: Transition
-    solver: Solver | Auto
+    solver: Solver
     tol: float
     max_steps: int | None
     on_failure: OnFailure
-
-    def chosen(self, mu: Tensor, channels: int) -> tuple[Solver, str]:
-        """The solver that does the work, and why."""
-        if isinstance(self.solver, Auto):
-            return self.solver.choose(self.operator, mu, channels, self.tol)
-        return self.solver, "as asked"
+    state: Any = None
+    """What the solver has prepared already, if it has: the backward uses the forward's."""
 
 
 def implicit_solve(call: Call, rhs: Tensor, mu: Tensor, *, initial: Tensor, atol: Tensor) -> Certified:
@@ -59,11 +54,13 @@ class _ImplicitSolve(torch.autograd.Function):
         ctx: Any, call: Call, rhs: Tensor, mu: Tensor, initial: Tensor, atol: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         operator = call.operator.with_tensors([t.detach() for t in tensors])
-        solver, _ = call.chosen(mu, rhs.shape[-1])
+        state = call.state
+        if state is None:
+            state = call.solver.prepare(operator, mu.to(operator.dtype))
         answer = solve_certified(
-            solver, operator, rhs, mu, initial=initial, atol=atol, max_steps=call.max_steps
+            call.solver, state, operator, rhs, mu, initial=initial, atol=atol, max_steps=call.max_steps
         )
-        ctx.call = call
+        ctx.call, ctx.state = call, state
         ctx.save_for_backward(mu, answer.x, *tensors)
         ctx.mark_non_differentiable(*answer[1:])
         return tuple(answer)
@@ -74,7 +71,7 @@ class _ImplicitSolve(torch.autograd.Function):
         mu, x, *tensors = ctx.saved_tensors
         needs_mu, needs_tensors = ctx.needs_input_grad[2], ctx.needs_input_grad[5:]
         operator = call.operator.with_tensors(tensors)
-        adjoint = Call(operator.T, call.solver, call.tol, call.max_steps, call.on_failure)
+        adjoint = replace(call, operator=operator.T, state=call.solver.transposed(ctx.state))
 
         # (1 − µ)λ is the gradient of the signal; its error is promised to be at most tol·‖g‖.
         remaining = 1 - mu.amax(-2, keepdim=True)

@@ -17,7 +17,16 @@ FLOORS = {
     "graphdiff": [
         ["checks", "solution"],
         ["operators.base", "operators.dense", "operators.attention", "operators"],
-        ["solvers.base", "solvers.direct", "solvers.walk", "solvers.auto", "solvers"],
+        [
+            "solvers.base",
+            "solvers.direct",
+            "solvers.walk",
+            "solvers.chebyshev",
+            "solvers.cg",
+            "solvers.bicgstab",
+            "solvers.auto",
+            "solvers",
+        ],
         ["implicit"],
         ["diffusion"],
         ["ranking"],

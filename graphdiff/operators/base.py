@@ -7,7 +7,7 @@ dataclass of tensors with one method to write, `matmul`; transpose, rows and den
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -27,7 +27,9 @@ class Transition(ABC):
     positive_semidefinite: bool = False
     """Whether, besides, the affinity D·P has no negative eigenvalue."""
     sparse: bool = False
-    """Whether `neighbours` is cheap."""
+    """Whether rows are short lists, given by `neighbours` and `to_scipy`."""
+    restarts: bool = False
+    """Whether some nodes jump to the signal's own distribution, which `restarting_at` binds."""
     stochastic: Literal["rows", "columns"] = "rows"
     """Which sums are 1."""
 
@@ -92,6 +94,22 @@ class Transition(ABC):
     def rows(self, index: Tensor | Sequence[int]) -> Tensor:
         """The rows P[index], [..., len(index), N], differentiable; no N×N matrix is built."""
         return self.T.matmul(self._unit_columns(self._row_index(index))).mT
+
+    def neighbours(self, index: Tensor | Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Every step out of some nodes, where the operator is sparse.
+
+        Returns:
+            (position, node, probability), each [number of steps]: from index[position] to node.
+        """
+        raise TypeError(f"neighbours: {self} is not sparse; use rows(index)")
+
+    def to_scipy(self) -> Any:
+        """P as a `scipy.sparse.csr_array`, where the operator is sparse."""
+        raise TypeError(f"to_scipy: {self} is not sparse; use dense()")
+
+    def restarting_at(self, distribution: Tensor) -> "Transition":
+        """The walk whose open ends jump to the distribution, [..., N], where `restarts`."""
+        raise TypeError(f"restarting_at: {self} has no open ends")
 
     def dense(self) -> Tensor:
         """P as a tensor [..., N, N]."""
@@ -173,6 +191,46 @@ class TransposedTransition(Transition):
     original: Transition
 
     stochastic = "columns"
+
+    @property
+    def reversible(self) -> bool:  # type: ignore[override]  # the original's
+        """Whether Pᵀ is self-adjoint too, with 1/d in place of d."""
+        return self.original.reversible
+
+    @property
+    def positive_semidefinite(self) -> bool:  # type: ignore[override]  # the original's
+        """As the original: the eigenvalues are the same."""
+        return self.original.positive_semidefinite
+
+    @property
+    def log_degree(self) -> Tensor | None:
+        """−log d of the original."""
+        log_degree = self.original.log_degree
+        return None if log_degree is None else -log_degree
+
+    @property
+    def sparse(self) -> bool:  # type: ignore[override]  # the original's
+        """As the original."""
+        return self.original.sparse
+
+    def neighbours(self, index: Tensor | Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Every step into some nodes."""
+        into = self.to_scipy()[self._row_index(index).cpu().numpy()].tocoo()
+        position, node = (torch.as_tensor(x, device=self.device).long() for x in into.coords)
+        return position, node, torch.as_tensor(into.data, device=self.device)
+
+    def to_scipy(self) -> Any:
+        """Pᵀ as a `scipy.sparse.csr_array`."""
+        return self.original.to_scipy().T.tocsr()
+
+    @property
+    def restarts(self) -> bool:  # type: ignore[override]  # the original's
+        """As the original."""
+        return self.original.restarts
+
+    def restarting_at(self, distribution: Tensor) -> Transition:
+        """The transpose of the original so bound."""
+        return self.original.restarting_at(distribution).T
 
     @property
     def shape(self) -> torch.Size:

@@ -2,7 +2,10 @@
 
 from graphdiff.solvers.auto import Auto
 from graphdiff.solvers.base import Solver
+from graphdiff.solvers.bicgstab import BiCGSTAB
+from graphdiff.solvers.cg import CG
+from graphdiff.solvers.chebyshev import Chebyshev
 from graphdiff.solvers.direct import Direct
 from graphdiff.solvers.walk import Walk
 
-__all__ = ["Auto", "Direct", "Solver", "Walk"]
+__all__ = ["CG", "Auto", "BiCGSTAB", "Chebyshev", "Direct", "Solver", "Walk"]

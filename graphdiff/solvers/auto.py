@@ -3,32 +3,86 @@
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from graphdiff.operators.base import Transition
-from graphdiff.solvers.base import Solver
+from graphdiff.solvers.base import Iterate, Problem, Solver, carry_on, norm_of, rate_of, size
+from graphdiff.solvers.bicgstab import BiCGSTAB
+from graphdiff.solvers.cg import CG
 from graphdiff.solvers.direct import Direct
 from graphdiff.solvers.walk import Walk
 
+# Below this a factorisation takes milliseconds, whatever the rest.
+SMALL = 256
 # Above this the matrix and its factors outgrow what a solve should take unasked (1 GB in float64).
 LARGEST_DENSE = 8192
+# What walking is watched for, and the rate a step above which BiCGSTAB needs fewer products.
+WATCHED_STEPS = 8
+SLOW = 0.7
 
 
 @dataclass(frozen=True)
 class Auto:
-    """Direct where one factorisation is cheaper than the walks µ may need, else Walk.
+    """Direct for small problems, CG for reversible walks, else walks, with BiCGSTAB where they are slow.
 
     Example:
         >>> import torch, graphdiff as gd
         >>> P = gd.AttentionTransition(torch.zeros(3, 2))
         >>> gd.solve(P, torch.ones(3), mu=0.999).reason
-        'N = 3: factorising costs less than 11508 walks; reached the tolerance'
+        'N = 3: a factorisation costs next to nothing; reached the tolerance'
     """
 
     def choose(self, operator: Transition, mu: Tensor, channels: int, tol: float) -> tuple[Solver, str]:
-        """The solver and why: N³/3 multiplications for each µ against 2N² for a walk of each channel."""
-        nodes, largest = operator.shape[-1], float(mu.detach().max())
-        walks = max(1, math.ceil(math.log(min(tol, 0.5)) / math.log(largest))) if largest > 0 else 1
-        if nodes <= LARGEST_DENSE and mu.shape[-1] * nodes <= 6 * walks * channels:
-            return Direct(), f"N = {nodes}: factorising costs less than {walks} walks"
-        return Walk(), f"N = {nodes}: {walks} walks at most cost less than factorising"
+        """The solver and why."""
+        nodes = operator.shape[-1]
+        if nodes * mu.shape[-1] <= SMALL:
+            return Direct(), f"N = {nodes}: a factorisation costs next to nothing"
+        products = _products(operator, mu, tol)
+        # N³/3 multiplications for each µ against N² for a product with each channel.
+        if not operator.sparse and nodes <= LARGEST_DENSE and mu.shape[-1] * nodes <= 3 * products * channels:
+            return Direct(), f"N = {nodes}: factorising costs less than at most about {products} products"
+        if operator.reversible:
+            return CG(), f"reversible: at most about {products} products"
+        return WatchedWalk(), f"not reversible: walks, at most about {products}, unless they turn out slow"
+
+
+def _products(operator: Transition, mu: Tensor, tol: float) -> int:
+    """How many products theory promises to be enough for a tolerance."""
+    largest = mu.detach().amax().reshape(1, 1)
+    rate = float(rate_of(operator, largest)) if operator.reversible else float(largest)
+    return max(1, math.ceil(math.log(min(tol, 0.5) / 2) / math.log(rate))) if rate > 0 else 1
+
+
+@dataclass(frozen=True)
+class WatchedWalk(Solver):
+    """Walks, and hands over to BiCGSTAB each right-hand side that shrinks by less than `SLOW` a step."""
+
+    def prepare(self, operator: Transition, mu: Tensor) -> Problem:
+        """Nothing to do beforehand."""
+        return Problem(operator, mu)
+
+    def transposed(self, state: Problem) -> Problem:
+        """The same with Pᵀ."""
+        return Problem(state.operator.T, state.mu)
+
+    def solve(
+        self, state: Problem, rhs: Tensor, initial: Tensor, target: Tensor, max_steps: Tensor | None
+    ) -> Iterate:
+        """Walk, look, and go on with the faster of the two."""
+        walk, norm = Walk(), norm_of(state.operator)
+        few = torch.full_like(target, WATCHED_STEPS // 2, dtype=torch.int64)
+        first = walk.solve(state, rhs, initial, target, few if max_steps is None else few.minimum(max_steps))
+        goes_on = (first.steps == few.squeeze(-2)).unsqueeze(-2)
+        budget = 2 * few if max_steps is None else (2 * few).minimum(max_steps)
+        second = carry_on(walk, state, rhs, first, goes_on, target, budget)
+        # What four walks make of the change of the four before is the rate to the fourth.
+        before, after = size(first.x - initial, norm), size(second.x - first.x, norm)
+        slow = after > SLOW ** (WATCHED_STEPS // 2) * before
+
+        goes_on = (second.steps == WATCHED_STEPS).unsqueeze(-2)
+        reached = carry_on(walk, state, rhs, second, goes_on & ~slow, target, max_steps)
+        return carry_on(BiCGSTAB(), state, rhs, reached, goes_on & slow, target, max_steps)
+
+    def __str__(self) -> str:
+        return "Walk() or BiCGSTAB()"

@@ -3,10 +3,11 @@
 Everything rests on one fact (theory: the inverse of I − MP is ≥ 0). For row-stochastic P,
 (I − MP) 1 = 1 − µ·rowsum, so with the residual r = b − (I − MP) x and q = r / (1 − µ·rowsum)
 
-    min q ≤ x*_i − x_i ≤ max q                           for every node i, in each channel;
+    min q ≤ x*_i − x_i ≤ max q                           for every node i, in each channel,
 
-for its transpose ‖x* − x‖₁ ≤ ‖r‖₁ / (1 − max µ·rowsum), and x* − x lies between minus the sum of r's
-negative part and the sum of its positive part, each divided by the same number.
+and x + (min q + max q)/2 is off by (max q − min q)/2 at most. For the transpose
+‖x* − x‖₁ ≤ ‖r‖₁ / (1 − max µ·rowsum), and x* − x lies between minus the sum of r's negative part and the
+sum of its positive part, each divided by the same number.
 """
 
 from abc import ABC, abstractmethod
@@ -21,6 +22,8 @@ from graphdiff.solution import Norm
 
 # Each refinement gains several digits unless rounding has taken over; more than this never helped.
 MAX_REFINEMENTS = 6
+# A bound this close above its target is brought down by walking on, rather than by another solve.
+NEAR = 4.0
 
 
 class Iterate(NamedTuple):
@@ -31,13 +34,24 @@ class Iterate(NamedTuple):
     matvecs: Tensor
 
 
+class Problem(NamedTuple):
+    """All that a method without preparations needs: the operator and µ [..., 1 or N, 1 or K]."""
+
+    operator: Transition
+    mu: Tensor
+
+
 @dataclass(frozen=True)
 class Solver(ABC):
     """A method for (I − MP) x = b. Frozen, without tolerances: those belong to the call."""
 
     @abstractmethod
     def prepare(self, operator: Transition, mu: Tensor) -> Any:
-        """What can be done once for many right-hand sides. `mu` is [..., 1 or N, 1 or K]."""
+        """What can be done once for many right-hand sides. `mu` is [..., 1 or N, 1 or K].
+
+        Raises:
+            ValueError: The method does not apply to such a walk; the message names one that does.
+        """
 
     @abstractmethod
     def solve(
@@ -49,13 +63,20 @@ class Solver(ABC):
         autograd, in the dtype of `rhs`.
         """
 
+    def transposed(self, state: Any) -> Any:
+        """A state for the transposed operator made of this one, or None to have it prepared anew."""
+        return None
+
     def __str__(self) -> str:
         given = ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))
         return f"{type(self).__name__}({given})"
 
 
 class Certified(NamedTuple):
-    """An answer and its evidence before the last cast; bounds are [..., 1, K], counts [..., K]."""
+    """An answer and its evidence before the last cast.
+
+    x, lower and upper are [..., N, K], the bound is [..., 1, K], counts are [..., K].
+    """
 
     x: Tensor
     lower: Tensor
@@ -63,6 +84,32 @@ class Certified(NamedTuple):
     error_bound: Tensor
     steps: Tensor
     matvecs: Tensor
+
+
+def carry_on(
+    solver: Solver,
+    state: Any,
+    rhs: Tensor,
+    reached: Iterate,
+    unfinished: Tensor,
+    target: Tensor,
+    max_steps: Tensor | None,
+) -> Iterate:
+    """Another solver goes on where one left some right-hand sides [..., 1, K] unfinished."""
+    left = None
+    if max_steps is not None:
+        left = max_steps - reached.steps.unsqueeze(-2)
+        unfinished = unfinished & (left > 0)
+    if not bool(unfinished.any()):
+        return reached
+    # The others have nothing left to do for any target.
+    found = solver.solve(state, rhs, reached.x, torch.where(unfinished, target, torch.inf), left)
+    taken = unfinished.squeeze(-2)
+    return Iterate(
+        torch.where(unfinished, found.x, reached.x),
+        reached.steps + torch.where(taken, found.steps, 0),
+        reached.matvecs + torch.where(taken, found.matvecs, 0),
+    )
 
 
 def norm_of(operator: Transition) -> Norm:
@@ -75,14 +122,34 @@ def size(x: Tensor, norm: Norm) -> Tensor:
     return x.abs().amax(-2, keepdim=True) if norm == "inf" else x.abs().sum(-2, keepdim=True)
 
 
+def total(x: Tensor) -> Tensor:
+    """The sum over nodes, [..., 1, K], in the best precision at hand; `x` is used up.
+
+    By halving, element by element: the order of the additions depends on N alone, so that no batch mate
+    and no layout changes a bit.
+    """
+    nodes = x.shape[-2]
+    while nodes > 1:
+        half = nodes // 2
+        x[..., :half, :] += x[..., nodes - half : nodes, :]
+        nodes -= half
+    return x[..., :1, :].clone()
+
+
+def inner(weights: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Σ_i w_i u_i v_i of each channel, [..., 1, K], in the dtype of the weights."""
+    return total((weights * u * v).contiguous())
+
+
 def residual_bound(operator: Transition, mu: Tensor, residual: Tensor) -> Tensor:
-    """‖x* − x‖ ≤ this, were there no rounding; [..., 1, K]."""
-    return _interval_norm(*_residual_interval(operator, mu, residual), norm_of(operator))
+    """‖x* − x‖ ≤ this once x is put in the middle of its interval, but for rounding; [..., 1, K]."""
+    low, high = _residual_interval(operator, mu, residual)
+    return (high - low) / 2 if norm_of(operator) == "inf" else high - low
 
 
 def _residual_interval(operator: Transition, mu: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds of the entries of x* − x, both [..., 1, K]; in the 1-norm, total masses below and above 0."""
-    remaining = _remaining(operator, mu)
+    remaining = remaining_of(operator, mu)
     if norm_of(operator) == "inf":
         q = residual / remaining
         return q.amin(-2, keepdim=True), q.amax(-2, keepdim=True)
@@ -92,21 +159,49 @@ def _residual_interval(operator: Transition, mu: Tensor, residual: Tensor) -> tu
     )
 
 
-def _remaining(operator: Transition, mu: Tensor) -> Tensor:
-    """1 − µ·rowsum: node by node for rows; its smallest value, [..., 1, K], for columns."""
+def remaining_of(operator: Transition, mu: Tensor) -> Tensor:
+    """1 − µ·rowsum in the dtype of µ: node by node for rows; its smallest, [..., 1, K], for columns."""
     sums = operator.row_sums
     if norm_of(operator) == "one":
         mu = mu.amax(-2, keepdim=True)
         sums = sums.amax(-2, keepdim=True) if isinstance(sums, Tensor) else sums
-    return 1 - mu * sums
+    return (1 - mu * sums).to(mu.dtype)
 
 
-def _interval_norm(low: Tensor, high: Tensor, norm: Norm) -> Tensor:
-    return torch.maximum(low.abs(), high.abs()) if norm == "inf" else high - low
+def steps_to(target: Tensor, bound: Tensor, rate: Tensor) -> Tensor:
+    """The smallest t with rateᵗ·bound ≤ target, as integers; 0 where there is nothing to do."""
+    ratio = (target / bound).double() if target.device.type != "mps" else target / bound
+    t = torch.ceil(torch.log(ratio) / torch.log(rate).to(ratio.dtype))
+    return torch.nan_to_num(t, nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0).long()
+
+
+def spectrum(operator: Transition, mu: Tensor) -> tuple[Tensor, Tensor]:
+    """The ends of I − MP's spectrum for a reversible walk (theory 5, 9), [..., 1, 1 or K] each."""
+    largest = mu.amax(-2, keepdim=True)
+    return 1 - largest, torch.ones_like(largest) if operator.positive_semidefinite else 1 + largest
+
+
+def rate_of(operator: Transition, mu: Tensor) -> Tensor:
+    """(√κ − 1)/(√κ + 1), κ from `spectrum`: what a step of Chebyshev or CG leaves of the error at most."""
+    low, high = spectrum(operator, mu)
+    root = (high / low).sqrt()
+    return (root - 1) / (root + 1)
+
+
+def check_reversible(operator: Transition, solver: str) -> Tensor:
+    """The operator's log-degrees [..., N], where it is reversible."""
+    log_degree = operator.log_degree if operator.reversible else None
+    if log_degree is None:
+        raise ValueError(
+            f"solver: {solver} needs a walk known to be reversible, got {operator}; use BiCGSTAB(), Walk() "
+            "or Direct(), or build it from a symmetric affinity"
+        )
+    return log_degree
 
 
 def solve_certified(
     solver: Solver,
+    state: Any,
     operator: Transition,
     rhs: Tensor,
     mu: Tensor,
@@ -115,10 +210,11 @@ def solve_certified(
     atol: Tensor,
     max_steps: int | None,
 ) -> Certified:
-    """Solve in the operator's dtype; certify, and refine where needed, in the dtype of `rhs`.
+    """Solve in the operator's dtype, certify there where its rounding allows, else in that of `rhs`.
 
     Args:
         solver: The solver that does the work.
+        state: What it prepared for `operator` and µ.
         operator: P, in the dtype to iterate in.
         rhs: b [..., N, K], in float64 where the device has it.
         mu: µ [..., 1 or N, 1 or K], dtype of `rhs`.
@@ -126,45 +222,71 @@ def solve_certified(
         atol: Largest error allowed, [..., 1, K], in the norm of the operator.
         max_steps: Most steps a right-hand side may take; None for as many as theory says can help.
     """
-    norm = norm_of(operator)
-    precise = operator.to(rhs.dtype)
-    state = solver.prepare(operator, mu.to(operator.dtype))
     # The last cast to the operator's dtype must still fit.
-    allowed = torch.clamp(atol - cast_error(initial, operator.dtype, norm), min=0.25 * atol)
-    target = 0.9 * allowed
-
-    x, correction = torch.zeros_like(rhs), rhs
-    bound = torch.full_like(atol, torch.inf)
-    low, high = -bound, bound
-    pending = torch.ones_like(atol, dtype=torch.bool)
+    allowed = torch.clamp(atol - cast_error(initial, operator.dtype, norm_of(operator)), min=0.25 * atol)
+    target = 0.95 * allowed
+    best = _Best(operator, mu, rhs)
+    correction, pending = rhs, best.bound > 0
     steps = torch.zeros(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
-    matvecs = torch.zeros_like(steps)
-    for _ in range(1 + MAX_REFINEMENTS):
+    for attempt in range(1 + MAX_REFINEMENTS):
+        if not bool(pending.any()):
+            break
         left = None if max_steps is None else max_steps - steps.unsqueeze(-2)
         b, guess, goal = (t.to(operator.dtype) for t in (correction, initial, target))
         found = solver.solve(state, b, guess, goal, left)
-        refined = x + found.x.to(rhs.dtype)
-        residual, new_low, new_high, new_bound = _evidence(precise, mu, rhs, refined)
         steps = steps + torch.where(pending.squeeze(-2), found.steps, 0)
-        matvecs = matvecs + torch.where(pending.squeeze(-2), found.matvecs + 1, 0)
-
-        better = pending & (new_bound < bound)
-        halved = pending & (new_bound < 0.5 * bound)
-        x, low, high, bound = (
-            torch.where(better, new, old)
-            for new, old in ((refined, x), (new_low, low), (new_high, high), (new_bound, bound))
-        )
+        best.matvecs = best.matvecs + torch.where(pending.squeeze(-2), found.matvecs, 0)
+        candidate, before = best.x + found.x.to(rhs.dtype), best.bound
+        if attempt == 0 and operator.dtype != rhs.dtype:
+            slack = _slack(operator, mu, size(initial, best.norm), rhs, operator.dtype)
+            best.judge(candidate, pending & (2 * slack <= allowed), operator.dtype)
+            pending = pending & ~(best.bound <= allowed)
+        asked = pending
+        while bool(asked.any()):
+            previous = best.bound
+            best.judge(candidate, asked, rhs.dtype)
+            pending = pending & ~(best.bound <= allowed)
+            # x + r has µP times the error of x: where little is missing, one more product is enough.
+            asked = asked & pending & (best.bound <= NEAR * allowed) & (best.bound < 0.9 * previous)
+            candidate = best.x + best.residual
         # Where a refinement no longer halves the bound, rounding has taken over and none will.
-        pending = halved & (bound > allowed)
+        pending = pending & (best.bound < 0.5 * before)
         if max_steps is not None:
             pending = pending & (steps.unsqueeze(-2) < max_steps)
-        if not bool(pending.any()):
-            break
-        correction = torch.where(pending, residual, 0.0)
-        initial = torch.zeros_like(residual)
+        correction = torch.where(pending, best.residual, 0.0)
+        initial = torch.zeros_like(rhs)
         # What is left above the target is the certificate's own rounding: make room for it.
         target = 0.1 * target
-    return Certified(x, x + low, x + high, bound, steps, matvecs)
+    return Certified(best.x, best.lower, best.upper, best.bound, steps, best.matvecs)
+
+
+class _Best:
+    """The best answer so far and what is known of it; at first x = 0, whose residual is b."""
+
+    def __init__(self, operator: Transition, mu: Tensor, rhs: Tensor) -> None:
+        self.operator, self.mu, self.rhs, self.norm = operator, mu, rhs, norm_of(operator)
+        self.x, self.residual = torch.zeros_like(rhs), rhs
+        low, high = _residual_interval(operator, mu, rhs)
+        self.lower, self.upper = low.expand_as(rhs), high.expand_as(rhs)
+        self.bound = high - low if self.norm == "one" else torch.maximum(low.abs(), high.abs())
+        self.matvecs = torch.zeros(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
+        self.precise = {operator.dtype: operator}
+
+    def judge(self, candidate: Tensor, asked: Tensor, precision: torch.dtype) -> None:
+        """Take the candidate where asked and better; one product computed in `precision`."""
+        if not bool(asked.any()):
+            return
+        self.matvecs = self.matvecs + asked.squeeze(-2)
+        operator = self.precise.setdefault(precision, self.operator.to(precision))
+        x, low, high, residual = _evidence(operator, self.mu, self.rhs, candidate)
+        # Every answer's interval holds, whether or not it is the best.
+        self.lower = torch.where(asked, torch.maximum(self.lower, x + low), self.lower)
+        self.upper = torch.where(asked, torch.minimum(self.upper, x + high), self.upper)
+        bound = high - low if self.norm == "one" else torch.maximum(low.abs(), high.abs())
+        better = asked & (bound < self.bound)
+        self.x = torch.where(better, x, self.x)
+        self.residual = torch.where(better, residual, self.residual)
+        self.bound = torch.where(better, bound, self.bound)
 
 
 def cast_error(x: Tensor, dtype: torch.dtype, norm: Norm) -> Tensor:
@@ -172,18 +294,33 @@ def cast_error(x: Tensor, dtype: torch.dtype, norm: Norm) -> Tensor:
     return size(x, norm) * (torch.finfo(dtype).eps / 2 if dtype != x.dtype else 0.0)
 
 
+def _slack(operator: Transition, mu: Tensor, x_size: Tensor, rhs: Tensor, dtype: torch.dtype) -> Tensor:
+    """What rounding in `dtype` adds to the bound of an answer of that size, [..., 1, K]."""
+    eps, norm = torch.finfo(dtype).eps, norm_of(operator)
+    slack = operator.rounding(dtype) * x_size + 2 * eps * (2 * x_size + size(rhs, norm))
+    return slack / remaining_of(operator, mu).amin(-2, keepdim=True)
+
+
 def _evidence(
     operator: Transition, mu: Tensor, rhs: Tensor, x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Residual of x, bounds of x* − x, and the bound of its norm, rounding counted."""
-    norm, eps, nodes = norm_of(operator), torch.finfo(rhs.dtype).eps, rhs.shape[-2]
-    residual = rhs - (x - mu * operator.matmul(x))
-    slack = operator.rounding(rhs.dtype) * size(x, norm) + 2 * eps * (2 * size(x, norm) + size(rhs, norm))
-    if norm == "one":
-        slack = slack + nodes * eps * size(residual, norm)
+    """A shifted x, bounds of x* − x with all rounding counted, and its residual, in the dtype of `rhs`.
+
+    The product and the residual are computed in the operator's dtype.
+    """
+    norm, dtype, nodes = norm_of(operator), operator.dtype, rhs.shape[-2]
+    walked = operator.matmul(x.to(dtype))
+    residual = (rhs.to(dtype) - (x.to(dtype) - mu.to(dtype) * walked)).to(rhs.dtype)
+    x_size, eps = size(x, norm), torch.finfo(rhs.dtype).eps
+    remaining = remaining_of(operator, mu)
     low, high = _residual_interval(operator, mu, residual)
-    remaining = _remaining(operator, mu).amin(-2, keepdim=True)
-    # The quotients by 1 − µ are computed too.
-    bound = _interval_norm(low, high, norm)
-    extra = slack / remaining + 8 * eps / remaining * bound
-    return residual, low - extra, high + extra, bound + extra
+    # The quotients by 1 − µ are computed too, and in the 1-norm sums of N terms.
+    extra = _slack(operator, mu, x_size, rhs, dtype)
+    wide = 8 + (nodes if norm == "one" else 0)
+    extra = extra + wide * eps / remaining.amin(-2, keepdim=True) * torch.maximum(low.abs(), high.abs())
+    if norm == "inf":
+        middle = (low + high) / 2
+        x, residual = x + middle, residual - middle * remaining
+        low, high = low - middle, high - middle
+        extra = extra + eps * x_size
+    return x, low - extra, high + extra, residual

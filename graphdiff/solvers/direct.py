@@ -1,7 +1,7 @@
-"""(I − MP) x = b by LU factorisation of the N×N matrix, one for all right-hand sides with the same µ."""
+"""(I − MP) x = b by LU factorisation: of the sparse matrix where there is one, else of the N×N matrix."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,18 +11,28 @@ from graphdiff.solvers.base import Iterate, Solver
 
 
 class Factors(NamedTuple):
-    """LU factors [..., 1 or K, N, N]: a µ per channel needs a matrix per channel."""
+    """LU factors of A = I − MP.
 
-    lu: Tensor
-    pivots: Tensor
+    Dense: `lu` [..., 1 or K, N, N] and `pivots`; a µ per channel needs a matrix per channel. Sparse: `lu` is
+    a list of scipy's factorisations, one for each µ in the order of its leading dimensions and channels.
+    """
+
+    lu: Any
+    pivots: Tensor | None
+    operator: Transition
+    mu: Tensor
+    flipped: bool = False
+    """Whether they are used for I − MPᵀ."""
 
 
 @dataclass(frozen=True)
 class Direct(Solver):
-    """Dense LU with partial pivoting: O(N³) once, O(N²) per signal, N² memory.
+    """LU, once for all signals with the same µ, and for the backward.
 
+    Dense: O(N³) once, O(N²) per signal, N² memory. Sparse operators on the CPU are factorised by scipy
+    (SuperLU) in float64: fast on meshes and grids, hopeless on large social graphs, whose factors fill up.
     I − MP is never singular for 0 ≤ µ < 1, and row by row its diagonal outweighs the rest, so the
-    factorisation is stable.
+    factorisation is stable even without pivoting.
 
     Example:
         >>> import torch, graphdiff as gd
@@ -33,19 +43,70 @@ class Direct(Solver):
 
     def prepare(self, operator: Transition, mu: Tensor) -> Factors:
         """The factors of I − MP."""
+        if operator.sparse and operator.device.type == "cpu":
+            return Factors(_sparse_factors(operator, mu), None, operator, mu)
         P = operator.dense().unsqueeze(-3)
         # [..., 1 or N, 1 or K] → [..., 1 or K, 1 or N, 1]: the rows of each channel's matrix.
         A = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device) - mu.mT.unsqueeze(-1) * P
-        return Factors(*torch.linalg.lu_factor(A))
+        lu, pivots = torch.linalg.lu_factor(A)
+        return Factors(lu, pivots, operator, mu)
+
+    def transposed(self, state: Factors) -> Factors:
+        """The same factors, used from the other side."""
+        return state._replace(flipped=not state.flipped)
 
     def solve(
         self, state: Factors, rhs: Tensor, initial: Tensor, target: Tensor, max_steps: Tensor | None
     ) -> Iterate:
         """Forward and back substitution."""
-        if state.lu.shape[-3] == 1:
-            x = torch.linalg.lu_solve(state.lu.squeeze(-3), state.pivots.squeeze(-2), rhs)
-        else:
-            channels = torch.linalg.lu_solve(state.lu, state.pivots, rhs.mT.unsqueeze(-1))
-            x = channels.squeeze(-1).mT
         steps = torch.ones(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
-        return Iterate(x, steps, torch.zeros_like(steps))
+        if not state.flipped:
+            return Iterate(_substitute(state, rhs), steps, torch.zeros_like(steps))
+        # (I − MPᵀ)⁻¹ b = b + M (I − PᵀM)⁻¹ Pᵀ b, and I − PᵀM is the transpose of A.
+        x = rhs + state.mu * _substitute(state, state.operator.rmatmul(rhs))
+        return Iterate(x, steps, steps)
+
+
+def _substitute(state: Factors, rhs: Tensor) -> Tensor:
+    """A⁻¹ b, or A⁻ᵀ b where flipped."""
+    lu, pivots, _, mu, flipped = state
+    if pivots is None:
+        return _sparse_substitute(lu, mu, rhs, flipped)
+    x: Tensor
+    if lu.shape[-3] == 1:
+        x = torch.linalg.lu_solve(lu.squeeze(-3), pivots.squeeze(-2), rhs, adjoint=flipped)
+        return x
+    x = torch.linalg.lu_solve(lu, pivots, rhs.mT.unsqueeze(-1), adjoint=flipped)
+    return x.squeeze(-1).mT
+
+
+def _sparse_factors(operator: Transition, mu: Tensor) -> list[Any]:
+    import scipy.sparse as sp
+    from scipy.sparse.linalg import splu
+
+    P = operator.to_scipy().astype("float64")
+    eye = sp.eye_array(P.shape[0], format="csr")
+    per_problem = mu.double().mT.reshape(-1, mu.shape[-2]).numpy()
+    # Without pivoting the ordering may look at the pattern of A + Aᵀ alone, which keeps the factors small.
+    return [
+        splu(
+            (eye - sp.diags_array(m, shape=P.shape) @ P if len(m) > 1 else eye - m[0] * P).tocsc(),
+            permc_spec="MMD_AT_PLUS_A",
+            diag_pivot_thresh=0.0,
+            options={"SymmetricMode": True},
+        )
+        for m in per_problem
+    ]
+
+
+def _sparse_substitute(factors: list[Any], mu: Tensor, rhs: Tensor, flipped: bool) -> Tensor:
+    which = torch.arange(len(factors)).reshape(*mu.shape[:-2], mu.shape[-1])
+    which = which.expand(*rhs.shape[:-2], rhs.shape[-1])
+    columns = rhs.mT.double()
+    x = torch.empty_like(columns)
+    # One column at a time: in blocks SuperLU rounds differently with their width.
+    for place in torch.cartesian_prod(*(torch.arange(n) for n in which.shape)).reshape(-1, which.ndim):
+        at = tuple(place.tolist())
+        b = columns[at].contiguous().numpy()
+        x[at] = torch.from_numpy(factors[int(which[at])].solve(b, trans="T" if flipped else "N"))
+    return x.mT.to(rhs.dtype)

@@ -1,20 +1,12 @@
 """y ← MP y + b: the paper's Eq. 3, repeated until its error is known to be small enough."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from graphdiff.operators.base import Transition
-from graphdiff.solvers.base import Iterate, Solver, residual_bound
-
-
-class Problem(NamedTuple):
-    """The operator and µ [..., 1 or N, 1 or K]."""
-
-    operator: Transition
-    mu: Tensor
+from graphdiff.solvers.base import Iterate, Problem, Solver, residual_bound, steps_to
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,7 @@ class Walk(Solver):
         largest = mu.amax(-2, keepdim=True)
         y = initial
         steps = torch.zeros(*rhs.shape[:-2], 1, rhs.shape[-1], dtype=torch.int64, device=rhs.device)
-        active = torch.ones_like(steps, dtype=torch.bool)
+        active = torch.ones_like(steps, dtype=torch.bool) if max_steps is None else steps < max_steps
         limit: Tensor | None = None
         while True:
             walked = mu * operator.matmul(y) + rhs
@@ -58,17 +50,11 @@ class Walk(Solver):
             y = torch.where(active, walked, y)
             steps = steps + active
             if limit is None:
-                limit = 1 + _steps_to(target, bound, largest)
+                # The certificate may see the error, on the way down, 2/(1 − µ) times larger.
+                limit = 1 + steps_to((1 - largest) / 2 * target, bound, largest)
                 if max_steps is not None:
                     limit = torch.minimum(limit, max_steps)
             active = active & (bound > target) & (steps < limit)
             if not bool(active.any()):
                 counts = steps.squeeze(-2)
                 return Iterate(y, counts, counts)
-
-
-def _steps_to(target: Tensor, bound: Tensor, mu: Tensor) -> Tensor:
-    """The smallest t with µᵗ·bound ≤ target, as integers; 0 where there is nothing to walk."""
-    ratio = (target / bound).double() if target.device.type != "mps" else target / bound
-    t = torch.ceil(torch.log(ratio) / torch.log(mu).to(ratio.dtype))
-    return torch.nan_to_num(t, nan=0.0, posinf=0.0, neginf=0.0).clamp(min=0).long()

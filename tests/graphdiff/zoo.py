@@ -103,8 +103,16 @@ OPERATORS: dict[str, Kind] = {
 SOLVERS: dict[str, gd.solvers.Solver | gd.solvers.Auto] = {
     "Direct": gd.solvers.Direct(),
     "Walk": gd.solvers.Walk(),
+    "Chebyshev": gd.solvers.Chebyshev(),
+    "CG": gd.solvers.CG(),
+    "BiCGSTAB": gd.solvers.BiCGSTAB(),
     "Auto": gd.solvers.Auto(),
 }
+
+
+def applies(solver: gd.solvers.Solver | gd.solvers.Auto, P: gd.Transition) -> bool:
+    """Whether the solver is for such walks: these two need reversible ones, and say so."""
+    return P.reversible or not isinstance(solver, gd.solvers.CG | gd.solvers.Chebyshev)
 
 
 def oracle(P: Tensor, s: Tensor, mu: float | Tensor) -> Tensor:

@@ -1,0 +1,126 @@
+"""(I − MP) x = b by conjugate gradients in the inner product in which a reversible walk is self-adjoint."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from graphdiff.operators.base import Transition
+from graphdiff.solvers.base import (
+    Iterate,
+    Problem,
+    Solver,
+    carry_on,
+    check_reversible,
+    inner,
+    rate_of,
+    residual_bound,
+    steps_to,
+)
+from graphdiff.solvers.chebyshev import Chebyshev
+
+# Residuals that grow until rounding costs this part of the first one: the D-norm is blind to nodes of small
+# degree.
+LOSS = 1e-4
+
+
+class Weighted(NamedTuple):
+    """The operator, µ [..., 1 or N, 1 or K], and log d − max log d, [..., N, 1]."""
+
+    operator: Transition
+    mu: Tensor
+    log_weight: Tensor
+
+
+@dataclass(frozen=True)
+class CG(Solver):
+    """Conjugate gradients with ⟨x, y⟩ = Σ d_i x_i y_i / µ_i (theory 5, 9): no square roots, no copy of P.
+
+    For reversible walks and their transposes. One product a step; at most the steps of `Chebyshev`, and
+    far fewer where few eigenvalues lie near 1. Only ratios of degrees matter, and inner products are
+    summed in float64, so degrees may differ by many orders of magnitude.
+
+    Raises:
+        ValueError: The walk is not known to be reversible.
+
+    Example:
+        >>> import torch, graphdiff as gd
+        >>> P = gd.AttentionTransition(torch.tensor([[2.0], [1.0], [0.0]], dtype=torch.float64))
+        >>> s = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+        >>> int(gd.solve(P, s, mu=0.99, solver=gd.solvers.CG()).steps)
+        2
+    """
+
+    def prepare(self, operator: Transition, mu: Tensor) -> Weighted:
+        """The weights of the inner product."""
+        log_degree = check_reversible(operator, "CG").unsqueeze(-1)
+        return Weighted(operator, mu, log_degree - log_degree.amax(-2, keepdim=True))
+
+    def transposed(self, state: Weighted) -> Weighted:
+        """The same with Pᵀ, which is self-adjoint with 1/d in place of d."""
+        log_weight = state.log_weight.amin(-2, keepdim=True) - state.log_weight
+        return Weighted(state.operator.T, state.mu, log_weight)
+
+    def solve(
+        self, state: Weighted, rhs: Tensor, initial: Tensor, target: Tensor, max_steps: Tensor | None
+    ) -> Iterate:
+        """Iterate until the bound of each right-hand side is below its target."""
+        operator, mu, log_weight = state
+        wide = torch.float32 if rhs.device.type == "mps" else torch.float64
+        weight, y = log_weight.to(wide).exp(), initial
+        if mu.shape[-2] > 1:
+            # Where µ_i = 0 the answer is b_i; started there, no direction ever has an entry at i.
+            y = torch.where(mu == 0, rhs, y)
+            weight = torch.where(mu == 0, 0.0, weight / mu.to(wide))
+        residual = rhs - (y - mu * operator.matmul(y))
+        if mu.shape[-2] == 1:
+            # The slowest mode is known: 1, or d for the transpose. A signal has none of it in its error, but
+            # another first guess may have; taking it out costs no product.
+            mode = (log_weight.amin(-2, keepdim=True) - log_weight).to(wide).exp()
+            if operator.stochastic == "rows":
+                mode = torch.ones_like(mode)
+            share = inner(weight, residual, mode) / inner(weight, mode, mode)
+            residual = residual - (share * mode).to(rhs.dtype)
+            y = y + (share * mode / (1 - mu)).to(rhs.dtype)
+
+        square = inner(weight, residual, residual)
+        bound = residual_bound(operator, mu, residual)
+        steps = torch.zeros(*rhs.shape[:-2], 1, rhs.shape[-1], dtype=torch.int64, device=rhs.device)
+        # Theory's count, from the D-norm to the promise's and back; rounding delays CG, hence twice.
+        spread = (log_weight.amin(-2, keepdim=True) / 2).to(wide).exp()
+        limit = 10 + 2 * steps_to(spread * target / 2, bound, rate_of(operator, mu))
+        if max_steps is not None:
+            limit = torch.minimum(limit, max_steps)
+        active = (bound > target) & (steps < limit)
+        # Halving the error takes no more than this, if the D-norm sees it.
+        patience = 10 + steps_to(torch.ones_like(bound), torch.full_like(bound, 8.0), rate_of(operator, mu))
+        halved_at, halved = steps, bound
+        first, first_residual, largest = y, residual, LOSS / torch.finfo(rhs.dtype).eps * bound
+        direction = residual
+        while bool(active.any()):
+            image = direction - mu * operator.matmul(direction)
+            curvature = inner(weight, direction, image)
+            # No curvature, no step: that is rounding, or an operator that is not what it says.
+            active = active & (curvature > 0)
+            step = torch.where(active, square / curvature, 0.0).to(rhs.dtype)
+            y = y + step * direction
+            residual = residual - step * image
+            steps = steps + active
+            following = inner(weight, residual, residual)
+            conjugate = torch.where(active, following / square, 0.0).to(rhs.dtype)
+            direction = residual + conjugate * direction
+            square = following
+            bound = torch.where(active, residual_bound(operator, mu, residual), bound)
+            halves = bound < 0.5 * halved
+            halved_at, halved = torch.where(halves, steps, halved_at), torch.where(halves, bound, halved)
+            active = active & (bound > target) & (bound < largest) & (steps < limit)
+            active = active & (steps - halved_at < patience)
+        lost = (bound > target) & (bound >= largest)
+        y, residual = torch.where(lost, first, y), torch.where(lost, first_residual, residual)
+        # One step of walking more: its product is the one that the certificate computes.
+        reached = Iterate(y + residual, steps.squeeze(-2), steps.squeeze(-2) + 1)
+        # Where degrees differ too much for the D-norm to see the smallest, Chebyshev, which has no use for
+        # them, goes on.
+        problem = Problem(operator, mu)
+        return carry_on(Chebyshev(), problem, rhs, reached, bound > target, target, max_steps)
