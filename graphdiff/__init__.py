@@ -8,7 +8,7 @@
 from graphdiff import nn, operators, solvers
 from graphdiff.diffusion import diffuse, solve
 from graphdiff.nn import CascadedWalk, FeatureEmbedding, WalkStep
-from graphdiff.operators import AttentionTransition, DenseTransition, Transition
+from graphdiff.operators import AttentionTransition, DenseTransition, SparseTransition, Transition
 from graphdiff.ranking import pagerank
 from graphdiff.solution import ConvergenceError, ConvergenceWarning, Solution
 
@@ -20,6 +20,7 @@ __all__ = [
     "DenseTransition",
     "FeatureEmbedding",
     "Solution",
+    "SparseTransition",
     "Transition",
     "WalkStep",
     "diffuse",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
 
 
 def shape_text(x: Tensor) -> str:
@@ -152,3 +153,60 @@ def positive_integer(value: int, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: expected an integer ≥ 1, got {value!r}")
     return value
+
+
+def integers(x: object, name: str) -> Tensor:
+    """`x`, if it is a tensor of int32 or int64."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}; use torch.as_tensor")
+    if x.dtype not in INTEGERS:
+        raise TypeError(
+            f"{name}: expected an int32 or int64 tensor, got {x.dtype}; convert it with {name}.long()"
+        )
+    return x
+
+
+def node_numbers(x: Tensor, name: str, nodes: int) -> None:
+    """`x` holds node numbers, 0 to N - 1."""
+    outside = (x < 0) | (x >= nodes)
+    if bool(outside.any()):
+        first = int(x[outside][0])
+        raise ValueError(
+            f"{name}: expected node numbers from 0 to {nodes - 1} for N = {nodes} nodes, got {first}; "
+            "number the nodes from 0, or say how many there are"
+        )
+
+
+def shaped(x: Tensor, name: str, shape: Sequence[int], meaning: str) -> None:
+    """`x` has exactly this shape."""
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {list(shape)}, {meaning}, got {shape_text(x)}")
+
+
+def distribution(x: object, name: str, nodes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`x`, if it is [..., N], ≥ 0 and sums to 1 over the nodes."""
+    x = floating(x, name)
+    same_dtype(x, name, dtype, "the operator")
+    same_device(x, name, device, "the operator")
+    if x.ndim == 0 or x.shape[-1] != nodes:
+        raise ValueError(f"{name}: expected shape [..., N] with N = {nodes} nodes, got {shape_text(x)}")
+    finite(x, name)
+    nonnegative(x, name)
+    totals = x.detach().sum(-1, dtype=widest(x.device))
+    off = (totals - 1).abs()
+    if bool((off > sum_tolerance(nodes, x.dtype)).any()):
+        raise ValueError(
+            f"{name}: expected probabilities that sum to 1, got {float(totals.flatten()[off.argmax()]):.6g}; "
+            f"divide by {name}.sum(-1, keepdim=True)"
+        )
+    return x
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The best precision at hand: float64, which MPS does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def sum_tolerance(terms: int, dtype: torch.dtype) -> float:
+    """How far probabilities may sum from 1: each is rounded by eps/2 of itself, and so is their sum."""
+    return float(8 * max(terms, 1) ** 0.5 * torch.finfo(dtype).eps)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "graphdiff": [
         ["checks", "solution"],
-        ["operators.base", "operators.dense", "operators.attention", "operators"],
+        ["operators.base", "operators.dense", "operators.sparse", "operators.attention", "operators"],
         [
             "solvers.base",
             "solvers.direct",

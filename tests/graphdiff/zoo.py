@@ -21,6 +21,9 @@ class Kind:
     leaf: Leaves
     build: Callable[[Tensor], gd.Transition]
     dense: Callable[[Tensor], Tensor]
+    reversible: bool = True  # where there is more than one node
+    batched: bool = True  # whether a leaf may have leading dimensions
+    relabelled: tuple[int, ...] = (-2, -1)  # the dimensions of a leaf to permute with the nodes, if any do
 
 
 def _features(size: float) -> Leaves:
@@ -63,6 +66,22 @@ def _star(n: int) -> Tensor:
     return A if n > 1 else A + 1
 
 
+def _isolated(n: int) -> Tensor:
+    """A path, and a last node without an edge."""
+    A = torch.zeros(n, n, dtype=torch.float64)
+    if n > 2:
+        A[:-1, :-1] = _path(n - 1)
+    return A
+
+
+def _stuck(n: int) -> Tensor:
+    """Edges in one direction and the other at random, none out of the last node."""
+    A = torch.rand(n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64) < 0.6
+    A[:-1, -1] = True
+    A[-1] = False
+    return A.double()
+
+
 def _disconnected(n: int) -> Tensor:
     """Two cliques, and with one node left over an isolated node with its self-loop."""
     half = (n + 1) // 2
@@ -76,8 +95,24 @@ def _normalised(W: Tensor) -> Tensor:
     return W / W.sum(-1, keepdim=True)
 
 
-def _dense(leaf: Leaves) -> Kind:
-    return Kind(leaf, gd.DenseTransition.from_affinity, _normalised)
+def _dense(leaf: Leaves, reversible: bool = True) -> Kind:
+    return Kind(leaf, gd.DenseTransition.from_affinity, _normalised, reversible)
+
+
+def _sparse(edges: Callable[[int], Tensor], dangling: str = "self", reversible: bool = True) -> Kind:
+    """Random weights on a fixed graph; a weight of 0 is no edge, so nothing flows to it."""
+
+    def build(W: Tensor) -> gd.Transition:
+        edge_index = W.detach().nonzero().T
+        weight = W[tuple(edge_index)]
+        return gd.SparseTransition.from_edge_index(edge_index, weight, len(W), dangling=dangling)
+
+    def dense(W: Tensor) -> Tensor:
+        n, W = len(W), torch.where(W == 0, 0.0, W)
+        landed = torch.eye(n).double() if dangling == "self" else torch.full((n, n), 1 / n).double()
+        return _normalised(torch.where(W.sum(-1, keepdim=True) == 0, landed, W))
+
+    return Kind(_pattern(edges), build, dense, reversible, batched=False)
 
 
 def _attention(leaf: Leaves, scale: float = 1.0) -> Kind:
@@ -85,15 +120,22 @@ def _attention(leaf: Leaves, scale: float = 1.0) -> Kind:
         leaf,
         lambda psi: gd.AttentionTransition(psi, scale=scale),
         lambda psi: torch.softmax(scale * psi @ psi.mT, -1),
+        relabelled=(-2,),
     )
 
 
 OPERATORS: dict[str, Kind] = {
-    "directed": _dense(_directed),
+    "directed": _dense(_directed, reversible=False),
     "symmetric": _dense(_symmetric),
     "path": _dense(_pattern(_path)),
     "star": _dense(_pattern(_star)),
     "disconnected": _dense(_pattern(_disconnected)),
+    "sparse directed": _sparse(_stuck, reversible=False),
+    "sparse path": _sparse(_path),
+    "sparse star": _sparse(_star),
+    "isolated node": _sparse(_isolated),
+    "sparse disconnected": _sparse(_disconnected),
+    "uniform jump": _sparse(_stuck, "uniform", reversible=False),
     "flat attention": _attention(_features(0.3)),
     "scaled attention": _attention(_features(2.0), scale=0.37),
     "sharp attention": _attention(_features(5.0)),
@@ -156,6 +198,6 @@ def problems(
     name = draw(st.sampled_from(names))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     batch, n = draw(st.sampled_from(batches)), draw(st.integers(1, max_nodes))
-    leaf = OPERATORS[name].leaf(g, batch, n)
+    leaf = OPERATORS[name].leaf(g, batch if OPERATORS[name].batched else (), n)
     s = torch.randn(*batch, n, draw(st.integers(1, 3)), generator=g, dtype=torch.float64)
     return Problem(name, leaf, s * 10.0 ** draw(st.integers(-3, 3)), draw(st.sampled_from(mus)))

@@ -1,0 +1,592 @@
+"""P = D⁻¹W held as its edges, in compressed rows (CSR).
+
+Two ways to a product. Without autograd it is torch's CSR product: of those measured (scipy, torch's native
+reduction, embedding bags) the fastest for one signal, and each row is summed edge after edge, so that the
+bits of a signal depend on no other. Under autograd it is gather, multiply, add, which torch can differentiate
+as often as asked, in O(edges · K) memory; differentiating the CSR product would fill an N×N matrix.
+
+Where nodes have no edge out, P = Q + a wᵀ: Q holds the edges, a marks those nodes, w is where they jump.
+"""
+
+import functools
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from graphdiff import checks
+from graphdiff.operators.base import Transition
+
+Dangling = Literal["self", "uniform", "restart", "error"] | Tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SparseTransition(Transition):
+    """A walk on one graph given by its edges, a row-stochastic matrix in CSR form.
+
+    Row i holds the steps out of node i: node ``indices[e]`` with probability ``values[e]`` for e from
+    ``indptr[i]`` to ``indptr[i + 1]``. The tensors are taken as they are, not copied. Weights that are not
+    yet probabilities go through `from_edge_index`, `from_scipy`, `from_networkx` or `from_torch`.
+
+    Args:
+        indptr: Where rows begin, int32 or int64, shape [N + 1].
+        indices: Nodes stepped to, dtype of `indptr`, shape [edges].
+        values: Probabilities ≥ 0, floating, shape [edges]; those of each row sum to 1. Half precision is
+            multiplied in float32.
+        log_degree: log d, shape [N], where the walk is known to be reversible.
+        dangling: Numbers of the nodes without an edge out, if any, like `indices`, shape [count].
+        jump: Where these go, shape [..., N], sums to 1; leading dimensions are those of the operator. Without
+            it the walk `restarts`: `solve`, `diffuse` and `pagerank` let them jump to the signal itself.
+
+    Raises:
+        TypeError: A tensor is of the wrong dtype.
+        ValueError: A shape, device or value does not fit; the message names it.
+
+    Example:
+        >>> import torch, graphdiff as gd
+        >>> indptr, indices = torch.tensor([0, 2, 3]), torch.tensor([0, 1, 0])
+        >>> P = gd.SparseTransition(indptr, indices, torch.tensor([0.5, 0.5, 1.0]))
+        >>> P @ torch.tensor([2.0, 4.0])
+        tensor([3., 2.])
+        >>> P.T @ torch.tensor([2.0, 4.0])
+        tensor([5., 1.])
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    values: Tensor
+    log_degree: Tensor | None = field(default=None, kw_only=True)
+    dangling: Tensor | None = field(default=None, kw_only=True)
+    jump: Tensor | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        indptr, indices = checks.integers(self.indptr, "indptr"), checks.integers(self.indices, "indices")
+        values = checks.floating(self.values, "values")
+        checks.same_dtype(indices, "indices", indptr.dtype, "indptr")
+        checks.same_device(indices, "indices", indptr.device, "indptr")
+        checks.same_device(values, "values", indptr.device, "indptr")
+        if indptr.ndim != 1 or len(indptr) < 2:
+            raise ValueError(f"indptr: expected shape [N + 1] with N ≥ 1, got {checks.shape_text(indptr)}")
+        nodes = len(indptr) - 1
+        checks.shaped(values, "values", [values.numel()], "one probability per edge")
+        checks.shaped(indices, "indices", [values.numel()], "one node per edge like values")
+        if int(indptr[0]) != 0 or int(indptr[-1]) != len(values) or bool((indptr.diff() < 0).any()):
+            raise ValueError(
+                f"indptr: expected numbers that rise from 0 to {len(values)}, the number of edges, got "
+                f"{int(indptr[0])} to {int(indptr[-1])} with a smallest step of {int(indptr.diff().min())}"
+            )
+        checks.node_numbers(indices, "indices", nodes)
+        checks.finite(values, "values")
+        checks.nonnegative(values, "values")
+        if self.dangling is not None:
+            dangling = checks.integers(self.dangling, "dangling")
+            checks.same_device(dangling, "dangling", indptr.device, "indptr")
+            checks.shaped(dangling, "dangling", [dangling.numel()], "the nodes without an edge out")
+            checks.node_numbers(dangling, "dangling", nodes)
+        if self.jump is not None:
+            if self.dangling is None:
+                raise ValueError("jump: expected dangling=, the nodes that jump, beside it, got none")
+            checks.distribution(self.jump, "jump", nodes, values.dtype, values.device)
+        if self.log_degree is not None:
+            degree = checks.floating(self.log_degree, "log_degree")
+            checks.same_dtype(degree, "log_degree", values.dtype, "values")
+            checks.same_device(degree, "log_degree", values.device, "values")
+            checks.shaped(degree, "log_degree", [nodes], "one degree per node")
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        sums = self._edge_sums.squeeze(-1)
+        expected = 1 - self._pattern.open_ends.to(sums.dtype)
+        tolerance = checks.sum_tolerance(int(self.indptr.diff().max()), self.values.dtype)
+        off = (sums - expected).abs()
+        if bool((off > tolerance).any()):
+            worst = int(off.argmax())
+            raise ValueError(
+                f"values: expected rows that sum to {int(expected[worst])} within {tolerance:.1e}, got row "
+                f"{worst} that sums to {float(sums[worst]):.6g}; rows of dangling nodes stay empty, weights "
+                "are normalised by SparseTransition.from_scipy or .from_edge_index"
+            )
+
+    @classmethod
+    def from_edge_index(
+        cls,
+        edge_index: Tensor,
+        weight: Tensor | None = None,
+        num_nodes: int | None = None,
+        *,
+        undirected: bool = False,
+        dangling: Dangling = "self",
+        reversible: bool | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "SparseTransition":
+        """P[i, j] ∝ the weight of edge i → j; differentiable in `weight`.
+
+        Edges are taken as given: one given once is one-way, and the weights of one given twice are added.
+
+        Args:
+            edge_index: Sources i and targets j, int32 or int64, shape [2, edges].
+            weight: Weights ≥ 0, shape [edges]; all 1 if None.
+            num_nodes: N; the largest node number + 1 if None.
+            undirected: Add the mirror image of every edge that is not a self-loop.
+            dangling: What a walk does at a node without weight out. "self" stays there, "uniform" jumps to
+                every node alike, "restart" jumps to the signal (each channel divided by its sum, bound by
+                `solve`), a distribution [N] says where to, "error" refuses such nodes. With any but "self" a
+                walk with such nodes is not reversible.
+            reversible: Whether the walk is; found from exact symmetry of the summed weights if None.
+            dtype: Of the operator; that of `weight`, or torch's default, if None.
+
+        Raises:
+            TypeError: A tensor is of the wrong dtype.
+            ValueError: A shape, device, node number or weight does not fit; the message names it.
+
+        Example:
+            >>> import torch, graphdiff as gd
+            >>> path = torch.tensor([[0, 1], [1, 2]])
+            >>> gd.SparseTransition.from_edge_index(path, undirected=True).dense()
+            tensor([[0.0000, 1.0000, 0.0000],
+                    [0.5000, 0.0000, 0.5000],
+                    [0.0000, 1.0000, 0.0000]])
+        """
+        edge_index = checks.integers(edge_index, "edge_index")
+        if edge_index.ndim != 2 or edge_index.shape[0] != 2:
+            raise ValueError(
+                f"edge_index: expected shape [2, edges], sources above targets, got "
+                f"{checks.shape_text(edge_index)}"
+            )
+        edges = edge_index.shape[1]
+        if num_nodes is None:
+            if edges == 0:
+                raise ValueError("num_nodes: expected a number beside an edge_index without edges, got None")
+            num_nodes = max(int(edge_index.max()), 0) + 1
+        checks.positive_integer(num_nodes, "num_nodes")
+        checks.node_numbers(edge_index, "edge_index", num_nodes)
+        if weight is None:
+            weight = torch.ones(edges, dtype=dtype or torch.get_default_dtype(), device=edge_index.device)
+        checks.shaped(checks.floating(weight, "weight"), "weight", [edges], "one weight per edge")
+        checks.same_device(weight, "weight", edge_index.device, "edge_index")
+        source, target = edge_index.long()
+        if undirected:
+            apart = (source != target).nonzero().squeeze(-1)
+            weight = torch.cat([weight, weight.index_select(0, apart)])
+            source, target = torch.cat([source, target[apart]]), torch.cat([target, source[apart]])
+            reversible = True if reversible is None else reversible
+        return _walk(
+            source,
+            target,
+            weight,
+            num_nodes,
+            name="weight",
+            dangling=dangling,
+            reversible=reversible,
+            dtype=dtype or weight.dtype,
+        )
+
+    @classmethod
+    def from_scipy(
+        cls,
+        A: Any,
+        *,
+        dangling: Dangling = "self",
+        reversible: bool | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "SparseTransition":
+        """P[i, j] ∝ A[i, j] for a scipy sparse array or matrix A ≥ 0 of any format, [N, N].
+
+        `dangling` and `reversible` as in `from_edge_index`. Unless given, the dtype is A's, or torch's
+        default where A holds integers or booleans.
+
+        Raises:
+            TypeError: `A` is not sparse, or not real.
+            ValueError: `A` is not square, negative or not finite somewhere.
+
+        Example:
+            >>> import scipy.sparse, graphdiff as gd
+            >>> gd.SparseTransition.from_scipy(scipy.sparse.csr_array([[0.0, 2.0], [1.0, 3.0]])).dense()
+            tensor([[0.0000, 1.0000],
+                    [0.2500, 0.7500]], dtype=torch.float64)
+        """
+        from scipy import sparse
+
+        if not sparse.issparse(A):
+            raise TypeError(
+                f"A: expected a scipy sparse array or matrix, got {type(A).__name__}; wrap it with "
+                "scipy.sparse.csr_array(A)"
+            )
+        _check_matrix(A.shape, "A")
+        if A.dtype.kind not in "fiub":
+            raise TypeError(f"A: expected real numbers, got {A.dtype}; take A.real or abs(A)")
+        coo = A.tocoo()
+        # Numbers that torch does not have (long double, unsigned, other byte orders) are widened on the way.
+        weight = torch.tensor(coo.data.astype("f4" if A.dtype == "f4" else "f8"), device=device)
+        if dtype is None and A.dtype.kind != "f":
+            dtype = torch.get_default_dtype()
+        source, target = (torch.tensor(x.astype("i8"), device=device) for x in (coo.row, coo.col))
+        return _walk(
+            source,
+            target,
+            weight,
+            A.shape[0],
+            name="A",
+            dangling=dangling,
+            reversible=reversible,
+            dtype=dtype or weight.dtype,
+        )
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., N, N]; leading dimensions are those of `jump`."""
+        nodes = len(self.indptr) - 1
+        lead = self.jump.shape[:-1] if self.jump is not None else ()
+        return torch.Size([*lead, nodes, nodes])
+
+    @property
+    def reversible(self) -> bool:  # type: ignore[override]  # follows from the degrees
+        """Whether degrees are known."""
+        return self.log_degree is not None
+
+    @property
+    def sparse(self) -> bool:  # type: ignore[override]  # a jump fills its row
+        """Whether every row is as short as its node has edges."""
+        return self.dangling is None
+
+    @property
+    def restarts(self) -> bool:  # type: ignore[override]  # until a jump is bound
+        """Whether nodes without an edge out wait for the signal that says where they jump."""
+        return self.dangling is not None and self.jump is None
+
+    def restarting_at(self, distribution: Tensor) -> "SparseTransition":
+        """The walk whose nodes without an edge out jump to a distribution, [..., N], ≥ 0 with sum 1.
+
+        Its leading dimensions become those of the operator; differentiable.
+
+        Raises:
+            TypeError: The walk has no such nodes, or another dtype.
+            ValueError: Not a distribution on N nodes.
+        """
+        if self.dangling is None:
+            super().restarting_at(distribution)
+        checks.distribution(distribution, "distribution", self.shape[-1], self.dtype, self.device)
+        return self._sharing(replace(self, jump=distribution))
+
+    @cached_property
+    def _pattern(self) -> "_Pattern":
+        return _Pattern(self.indptr, self.indices, self.dangling)
+
+    def _sharing(self, other: Self) -> Self:
+        # Sorting the edges by column is the dear part of a transpose: once for all operators on one pattern.
+        other.__dict__["_pattern"] = self._pattern
+        return other
+
+    def _replaced(self, tensors: Iterator[Tensor], device: torch.device | None) -> Self:
+        other = super()._replaced(tensors, device)
+        return self._sharing(other) if other.device == self.device else other
+
+    @cached_property
+    def _edge_sums(self) -> Tensor:
+        """Row sums of the edges alone, [N, 1]."""
+        wide = checks.widest(self.device)
+        values = self.values.detach().to(wide)
+        ones = values.new_ones(self.shape[-1], 1)
+        return _csr_product(self.indptr, self.indices, values, ones)
+
+    @cached_property
+    def row_sums(self) -> Tensor:
+        """Row sums in the best precision at hand, [..., N, 1]."""
+        sums = self._edge_sums
+        if self.jump is None:
+            return sums
+        total = self.jump.detach().to(sums.dtype).sum(-1)[..., None, None]
+        return torch.where(self._pattern.open_ends.unsqueeze(-1), total, sums)
+
+    def rounding(self, dtype: torch.dtype) -> float:
+        """Of the longest sum: the edges of a row or a column, or a jump, which reaches every node."""
+        longest = self._pattern.longest
+        if self.dangling is not None:
+            longest = max(longest + len(self.dangling), self.shape[-1])
+        return (longest + 4) * torch.finfo(dtype).eps
+
+    def matmul(self, y: Tensor) -> Tensor:
+        """P y."""
+        jump = self._bound_jump()
+        product = self._product(y, transposed=False)
+        if jump is None:
+            return product
+        landed = _weighted_sum(jump.to(product.dtype), y.to(product.dtype))
+        return torch.where(self._pattern.open_ends.unsqueeze(-1), landed, product).to(y.dtype)
+
+    def rmatmul(self, v: Tensor) -> Tensor:
+        """Pᵀ v."""
+        jump = self._bound_jump()
+        product = self._product(v, transposed=True)
+        if jump is None or self.dangling is None:
+            return product
+        jumping = v.index_select(-2, self.dangling).to(product.dtype)
+        mass = _weighted_sum(jumping.new_ones(len(self.dangling)), jumping)
+        return (product + jump.to(product.dtype).unsqueeze(-1) * mass).to(v.dtype)
+
+    def _bound_jump(self) -> Tensor | None:
+        if self.restarts:
+            raise ValueError(
+                f"{self}: its nodes without an edge out restart at the signal, which a product alone does "
+                "not know; solve, diffuse and pagerank bind it, or do so with restarting_at(distribution)"
+            )
+        return self.jump
+
+    def _product(self, y: Tensor, *, transposed: bool) -> Tensor:
+        """The edges' part of P y or Pᵀ y; leading dimensions of y are columns more."""
+        working = torch.promote_types(y.dtype, torch.float32)
+        columns = y.to(working).movedim(-2, 0)
+        flat = columns.reshape(len(columns), -1)
+        if _composed(self.values, y):
+            ends = (self._pattern.sources, self.indices)
+            into, out_of = ends[::-1] if transposed else ends
+            steps = self.values.to(working).unsqueeze(-1) * flat.index_select(0, out_of)
+            product = torch.zeros_like(flat).index_add(0, into, steps)
+        elif transposed:
+            indptr, indices, _ = self._pattern.transpose
+            product = _csr_product(indptr, indices, self._values_by_column.to(working), flat)
+        else:
+            product = _csr_product(self.indptr, self.indices, self.values.detach().to(working), flat)
+        return product.reshape(columns.shape).movedim(0, -2).contiguous().to(y.dtype)
+
+    @cached_property
+    def _values_by_column(self) -> Tensor:
+        return self.values.detach()[self._pattern.transpose[2]]
+
+    def rows(self, index: Tensor | Sequence[int]) -> Tensor:
+        """The rows P[index], [..., len(index), N], differentiable."""
+        jump, index = self._bound_jump(), self._row_index(index)
+        position, node, probability = self._steps(index)
+        rows = self.values.new_zeros(len(index), self.shape[-1])
+        rows = rows.index_put((position, node), probability, accumulate=True)
+        if jump is None:
+            return rows
+        return torch.where(self._pattern.open_ends[index].unsqueeze(-1), jump.unsqueeze(-2), rows)
+
+    def dense(self) -> Tensor:
+        """The N×N matrix."""
+        return self.rows(torch.arange(self.shape[-1], device=self.device))
+
+    def neighbours(self, index: Tensor | Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Every step out of some nodes.
+
+        Returns:
+            (position, node, probability), each [number of steps]: from index[position] to node; the
+            probability is differentiable.
+
+        Raises:
+            TypeError: Nodes without an edge out jump: their rows are not sparse.
+        """
+        if not self.sparse:
+            return super().neighbours(index)
+        return self._steps(self._row_index(index))
+
+    def _steps(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        index = index.long()
+        first, count = self.indptr.long()[index], self.indptr.diff().long()[index]
+        position = torch.repeat_interleave(torch.arange(len(index), device=self.device), count)
+        before = count.cumsum(0) - count
+        edge = torch.arange(len(position), device=self.device) + (first - before)[position]
+        return position, self.indices[edge].long(), self.values.index_select(0, edge)
+
+    def to_scipy(self) -> Any:
+        """P as a `scipy.sparse.csr_array`, float64 or float32, which shares memory with P where it can.
+
+        Raises:
+            TypeError: Nodes without an edge out jump: their rows are not sparse.
+        """
+        if not self.sparse:
+            return super().to_scipy()
+        from scipy import sparse
+
+        values = self.values.detach().to("cpu", torch.promote_types(self.dtype, torch.float32))
+        return sparse.csr_array(
+            (values.numpy(), self.indices.cpu().numpy(), self.indptr.cpu().numpy()), shape=tuple(self.shape)
+        )
+
+    def __repr__(self) -> str:
+        facts = [f"{len(self.indices)} edges"]
+        if self.dangling is not None:
+            facts.append(f"{len(self.dangling)} {'restarting' if self.restarts else 'jumping'}")
+        return f"{super().__repr__().removesuffix(')')}, {', '.join(facts)})"
+
+
+class _Pattern:
+    """What the edges without their values tell; shared by all operators on them."""
+
+    def __init__(self, indptr: Tensor, indices: Tensor, dangling: Tensor | None) -> None:
+        self.indptr, self.indices, self.dangling = indptr, indices, dangling
+
+    @cached_property
+    def sources(self) -> Tensor:
+        """The node each edge leaves."""
+        nodes = torch.arange(len(self.indptr) - 1, dtype=self.indptr.dtype, device=self.indptr.device)
+        return torch.repeat_interleave(nodes, self.indptr.diff())
+
+    @cached_property
+    def transpose(self) -> tuple[Tensor, Tensor, Tensor]:
+        """indptr and indices of Pᵀ, and the edge that stands at each of its places."""
+        order = self.indices.argsort(stable=True)
+        return _row_starts(self.indices, len(self.indptr) - 1), self.sources[order], order
+
+    @cached_property
+    def open_ends(self) -> Tensor:
+        """Which nodes have no edge out, [N]."""
+        marked = torch.zeros(len(self.indptr) - 1, dtype=torch.bool, device=self.indptr.device)
+        if self.dangling is not None:
+            marked[self.dangling.long()] = True
+        return marked
+
+    @cached_property
+    def longest(self) -> int:
+        """Most edges in a row or a column."""
+        into = torch.bincount(self.indices, minlength=1)
+        return max(int(self.indptr.diff().max()), int(into.max()))
+
+
+def _row_starts(rows: Tensor, nodes: int) -> Tensor:
+    starts = torch.zeros(nodes + 1, dtype=rows.dtype, device=rows.device)
+    starts[1:] = torch.bincount(rows, minlength=nodes).cumsum(0)
+    return starts
+
+
+@functools.cache
+def _told_of_beta() -> None:
+    """Torch warns once a process that CSR tensors are in beta, which is nothing to our users."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        start = torch.zeros(2, dtype=torch.int64)
+        torch.sparse_csr_tensor(start, start[:0], torch.zeros(0), (1, 1), check_invariants=False)
+
+
+def _csr_product(indptr: Tensor, indices: Tensor, values: Tensor, y: Tensor) -> Tensor:
+    """The CSR matrix times y [M, K], outside autograd; each row is summed edge after edge."""
+    _told_of_beta()
+    # Autocast would multiply in half precision, which CSR products do not have.
+    with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
+        shape = (len(indptr) - 1, len(y))
+        matrix = torch.sparse_csr_tensor(indptr, indices, values, shape, check_invariants=False)
+        return matrix @ y.detach()
+
+
+def _composed(weights: Tensor, y: Tensor) -> bool:
+    """Whether a product is put together from ordinary operations: for autograd, or for want of CSR."""
+    recorded = torch.is_grad_enabled() and (weights.requires_grad or y.requires_grad)
+    return recorded or y.device.type not in ("cpu", "cuda")
+
+
+def _weighted_sum(weights: Tensor, y: Tensor) -> Tensor:
+    """Σ_i w_i y_i over the nodes, [..., 1, K], for w [..., M] and y [..., M, K].
+
+    Outside autograd as rows of a CSR matrix: a dot product of torch rounds one column alone differently.
+    """
+    if _composed(weights, y):
+        return (weights.unsqueeze(-1) * y).sum(-2, keepdim=True)
+    batch = checks.broadcast_batch([weights.shape[:-1], y.shape[:-2]], "P and y")
+    nodes, channels = y.shape[-2:]
+    weights = weights.expand(*batch, nodes).reshape(-1)
+    y = y.expand(*batch, nodes, channels).reshape(-1, channels)
+    starts = torch.arange(batch.numel() + 1, device=y.device) * nodes
+    summed = _csr_product(starts, torch.arange(len(y), device=y.device), weights, y)
+    return summed.reshape(*batch, 1, channels)
+
+
+def _check_matrix(shape: Sequence[int], name: str) -> None:
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise ValueError(f"{name}: expected shape [N, N] with N ≥ 1, got {list(shape)}")
+
+
+def _walk(
+    source: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    nodes: int,
+    *,
+    name: str,
+    dangling: Dangling,
+    reversible: bool | None,
+    dtype: torch.dtype,
+) -> SparseTransition:
+    """The walk along weighted edges, in any order and any multiplicity; `name` is that of the weights."""
+    checks.finite(weight, name)
+    checks.nonnegative(weight, name)
+    device, wide = weight.device, checks.widest(weight.device)
+    # In float64, because a node may have millions of edges to sum, and divided by the largest weight of the
+    # row, because their sum may be infinite and their squares nothing.
+    weight = weight.to(wide)
+    largest = weight.new_zeros(nodes).scatter_reduce(0, source, weight.detach(), "amax")
+    stuck = (largest == 0).nonzero().squeeze(-1)
+    jump = _jump(dangling, stuck, nodes, dtype, device)
+    # Edges of weight 0 out of such a node stay 0, whatever its policy.
+    scaled = weight / largest.masked_fill(largest == 0, torch.inf)[source]
+    given = weight.detach()
+    stays = isinstance(dangling, str) and dangling == "self"
+    if stays:
+        source, target = torch.cat([source, stuck]), torch.cat([target, stuck])
+        loops = weight.new_ones(len(stuck))
+        scaled, given = torch.cat([scaled, loops]), torch.cat([given, loops])
+
+    key = source * nodes + target
+    if not bool((key[1:] > key[:-1]).all()):
+        key, order = key.sort(stable=True)
+        key, place = torch.unique_consecutive(key, return_inverse=True)
+
+        def merged(x: Tensor) -> Tensor:
+            return x.new_zeros(len(key)).index_add(0, place, x.index_select(0, order))
+
+        scaled, given = merged(scaled), merged(given)
+        source, target = key // nodes, key % nodes
+    degree = scaled.new_zeros(nodes).index_add(0, source, scaled)
+    values = (scaled / degree.masked_fill(degree == 0, 1.0)[source]).to(dtype)
+
+    jumps = len(stuck) > 0 and not stays
+    if reversible is None:
+        reversible = not jumps and _symmetric(key, target * nodes + source, given)
+    log_degree: Tensor | None = None
+    if reversible and not jumps:
+        log_degree = degree.detach().log() + largest.log()
+        # A node on its own may have any degree; the largest of the others hides none of them.
+        others = log_degree.isfinite()
+        alone = log_degree[others].max() if bool(others.any()) else log_degree.new_zeros(())
+        log_degree = torch.where(others, log_degree, alone).to(dtype)
+    numbers = torch.int32 if max(nodes, len(key)) < 2**31 else torch.int64
+    return SparseTransition(
+        _row_starts(source, nodes).to(numbers),
+        target.to(numbers),
+        values,
+        log_degree=log_degree,
+        dangling=stuck.to(numbers) if jumps else None,
+        jump=jump if jumps else None,
+    )
+
+
+def _jump(
+    dangling: Dangling, stuck: Tensor, nodes: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """Where the nodes without an edge out jump, if the policy says so already."""
+    if isinstance(dangling, Tensor):
+        return checks.distribution(dangling, "dangling", nodes, dtype, device)
+    if dangling not in ("self", "uniform", "restart", "error"):
+        raise ValueError(
+            'dangling: expected "self", "uniform", "restart", "error" or a distribution [N], got '
+            f"{dangling!r}"
+        )
+    if dangling == "error" and len(stuck):
+        raise ValueError(
+            f"dangling: expected every node to have an edge out, got {len(stuck)} of {nodes} nodes without, "
+            f'for example {stuck[:5].tolist()}; choose "self", "uniform", "restart" or a distribution [N]'
+        )
+    return torch.full((nodes,), 1 / nodes, dtype=dtype, device=device) if dangling == "uniform" else None
+
+
+def _symmetric(key: Tensor, mirrored: Tensor, weight: Tensor) -> bool:
+    """Whether every edge has its mirror image with the very same weight."""
+    there = weight != 0
+    key, mirrored, weight = key[there], mirrored[there], weight[there]
+    mirrored, order = mirrored.sort()
+    return torch.equal(mirrored, key) and torch.equal(weight[order], weight)
