@@ -7,8 +7,15 @@
 
 from graphdiff import nn, operators, solvers
 from graphdiff.diffusion import diffuse, solve
-from graphdiff.nn import CascadedWalk, FeatureEmbedding, WalkStep
-from graphdiff.operators import AttentionTransition, DenseTransition, SparseTransition, Transition
+from graphdiff.nn import CascadedWalk, Diffusion, FeatureEmbedding, WalkStep
+from graphdiff.operators import (
+    AttentionTransition,
+    DenseTransition,
+    FunctionTransition,
+    SparseTransition,
+    Transition,
+    grid_transition,
+)
 from graphdiff.ranking import pagerank
 from graphdiff.solution import ConvergenceError, ConvergenceWarning, Solution
 
@@ -18,12 +25,15 @@ __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
     "DenseTransition",
+    "Diffusion",
     "FeatureEmbedding",
+    "FunctionTransition",
     "Solution",
     "SparseTransition",
     "Transition",
     "WalkStep",
     "diffuse",
+    "grid_transition",
     "nn",
     "operators",
     "pagerank",

@@ -7,7 +7,7 @@ from graphdiff import checks
 from graphdiff.implicit import Call, OnFailure, implicit_solve, report
 from graphdiff.operators.base import Transition
 from graphdiff.solution import Solution
-from graphdiff.solvers.auto import Auto
+from graphdiff.solvers.auto import Auto, chosen
 from graphdiff.solvers.base import Solver, norm_of, size
 
 
@@ -93,11 +93,8 @@ def solve(
     seed, mu = signal.to(wide).expand(shape), mu.to(wide)
     norm = norm_of(P)
     atol = tol * size(seed.detach(), norm)
-    if solver is None or isinstance(solver, Auto):
-        chosen, why = Auto().choose(operator, mu, shape[-1], tol)
-    else:
-        chosen, why = solver, "as asked"
-    call = Call(operator, chosen, tol, max_steps, on_failure)
+    method, why = chosen(solver, operator, mu, shape[-1], tol)
+    call = Call(operator, method, tol, max_steps, on_failure)
     start = (seed if initial is None else initial.to(wide).expand(shape)).detach()
     answer = implicit_solve(call, (1 - mu) * seed, mu, initial=start, atol=atol)
 
@@ -123,10 +120,10 @@ def solve(
         steps=as_given(answer.steps),
         matvecs=as_given(answer.matvecs),
         norm=norm,
-        solver=str(chosen),
+        solver=str(method),
         reason=f"{why}; {stopped}",
     )
-    report(error_bound, atol, on_failure, f"graphdiff.solve, {chosen}, {stopped}", solution)
+    report(error_bound, atol, on_failure, f"graphdiff.solve, {method}, {stopped}", solution)
     return solution
 
 

@@ -54,9 +54,7 @@ class _ImplicitSolve(torch.autograd.Function):
         ctx: Any, call: Call, rhs: Tensor, mu: Tensor, initial: Tensor, atol: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         operator = call.operator.with_tensors([t.detach() for t in tensors])
-        state = call.state
-        if state is None:
-            state = call.solver.prepare(operator, mu.to(operator.dtype))
+        state = call.state or call.solver.prepare(operator, mu.to(operator.dtype))
         answer = solve_certified(
             call.solver, state, operator, rhs, mu, initial=initial, atol=atol, max_steps=call.max_steps
         )
@@ -67,44 +65,40 @@ class _ImplicitSolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        call: Call = ctx.call
         mu, x, *tensors = ctx.saved_tensors
-        needs_mu, needs_tensors = ctx.needs_input_grad[2], ctx.needs_input_grad[5:]
-        operator = call.operator.with_tensors(tensors)
-        adjoint = replace(call, operator=operator.T, state=call.solver.transposed(ctx.state))
+        call = replace(ctx.call, operator=ctx.call.operator.with_tensors(tensors), state=ctx.state)
+        wanted = ctx.needs_input_grad[2], any(ctx.needs_input_grad[5:])
+        g_rhs, g_mu, g_tensors = gradients(call, mu, x, g, wanted)
+        return None, g_rhs, g_mu, None, None, *(g_tensors or [None] * len(tensors))
 
-        # (1 − µ)λ is the gradient of the signal; its error is promised to be at most tol·‖g‖.
-        remaining = 1 - mu.amax(-2, keepdim=True)
-        atol = call.tol * size(g.detach(), norm_of(operator.T)) / remaining
-        b = mu * g
-        v = implicit_solve(adjoint, b, mu, initial=(b / (1 - mu)).detach(), atol=atol.detach())
-        report(v.error_bound, atol, call.on_failure, "graphdiff, gradient of a solve")
-        g_rhs = g + operator.T.to(g.dtype).matmul(v.x)
 
-        g_mu: Tensor | None = None
-        g_tensors: list[Tensor | None] = [None] * len(tensors)
-        if needs_mu or any(needs_tensors):
-            recorded = torch.is_grad_enabled()
-            with torch.enable_grad():
-                # Views: differentiating with respect to the tensors themselves would, in a second
-                # derivative, run on through the graph that x hangs from.
-                views = [
-                    t.view_as(t) if needed else t.detach()
-                    for t, needed in zip(tensors, needs_tensors, strict=True)
-                ]
-                product = operator.with_tensors(views).matmul(x.to(operator.dtype))
-                wanted = [view for view, needed in zip(views, needs_tensors, strict=True) if needed]
-                if wanted:
-                    found = iter(
-                        torch.autograd.grad(
-                            product, wanted, v.x.to(product.dtype), create_graph=recorded, allow_unused=True
-                        )
-                    )
-                    g_tensors = [next(found) if needed else None for needed in needs_tensors]
-            if needs_mu:
-                product = product if recorded else product.detach()
-                g_mu = (g_rhs * product.to(g.dtype)).sum_to_size(mu.shape)
-        return None, g_rhs, g_mu, None, None, *g_tensors
+def gradients(
+    call: Call, mu: Tensor, x: Tensor, g: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+    """∂b, ∂µ and those of the operator's tensors for a cotangent g of x; the latter two where wanted.
+
+    The operator's state belongs to the call; shapes and dtype of g and x are those of b.
+    """
+    adjoint = replace(call, operator=call.operator.T, state=call.solver.transposed(call.state))
+    # (1 − µ)λ is the gradient of the signal; its error is promised to be at most tol·‖g‖.
+    remaining = 1 - mu.amax(-2, keepdim=True)
+    atol = call.tol * size(g.detach(), norm_of(adjoint.operator)) / remaining
+    b = mu * g
+    v = implicit_solve(adjoint, b, mu, initial=(b / (1 - mu)).detach(), atol=atol.detach())
+    report(v.error_bound, atol, call.on_failure, "graphdiff, gradient of a solve")
+    g_rhs = g + adjoint.operator.to(g.dtype).matmul(v.x)
+
+    g_mu: Tensor | None = None
+    g_tensors: tuple[Tensor | None, ...] = ()
+    if any(wanted):
+        y, cotangent = (t.to(call.operator.dtype) for t in (x, v.x))
+        if wanted[1]:
+            product, g_tensors = call.operator.vjp(y, cotangent)
+        else:
+            product = call.operator.matmul(y)
+        if wanted[0]:
+            g_mu = (g_rhs * product.to(g.dtype)).sum_to_size(mu.shape)
+    return g_rhs, g_mu, g_tensors
 
 
 def report(

@@ -16,7 +16,15 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "graphdiff": [
         ["checks", "solution"],
-        ["operators.base", "operators.dense", "operators.sparse", "operators.attention", "operators"],
+        [
+            "operators.base",
+            "operators.dense",
+            "operators.sparse",
+            "operators.attention",
+            "operators.grid",
+            "operators.function",
+            "operators",
+        ],
         [
             "solvers.base",
             "solvers.direct",
@@ -30,7 +38,7 @@ FLOORS = {
         ["implicit"],
         ["diffusion"],
         ["ranking"],
-        ["nn.embedding", "nn.cascade", "nn"],
+        ["nn.embedding", "nn.seed", "nn.cascade", "nn.diffusion", "nn"],
         [""],
     ],
     "segmentation": [

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from graphdiff import checks
-from graphdiff.nn.embedding import FeatureEmbedding
+from graphdiff.nn.embedding import FeatureEmbedding, embed_all
+from graphdiff.nn.seed import fitting, grid_of, like, signal_of
 from graphdiff.operators.base import Transition
 
 Relaxation = Literal["sigmoid", "free"]
@@ -249,10 +250,7 @@ class CascadedWalk(nn.Module):
         if not self.embeddings:
             raise ValueError("features: this cascade was made with steps=, so give it ready transitions")
         self._check_count(features)
-        if grid is None and features[0].ndim == 4:
-            smallest = min(features, key=lambda f: f.shape[-1] * f.shape[-2])
-            grid = (smallest.shape[-2], smallest.shape[-1])
-        return [embed(f, grid) for embed, f in zip(self.embeddings, features, strict=True)]
+        return list(embed_all(self.embeddings, features, grid))
 
     @overload
     def forward(
@@ -291,31 +289,14 @@ class CascadedWalk(nn.Module):
             TypeError: `seed` and the features differ in dtype, or are not floating.
             ValueError: Numbers, shapes or devices do not fit.
         """
-        checks.floating(seed, "seed")
-        if seed.ndim not in (3, 4) or seed.numel() == 0:
-            raise ValueError(
-                "seed: expected a map [B, K, h, w] or node values [B, N, K], not empty, got "
-                f"{checks.shape_text(seed)}"
-            )
+        s = signal_of(seed)
         self._check_count(features)
         operators = self._operators(seed, features)
-        working = torch.float32 if seed.dtype.itemsize < 4 else seed.dtype
-        s = (seed.flatten(2).mT if seed.ndim == 4 else seed).to(working)
-
         y, walks = s, []
         for step, P in zip(self._walk_steps(), operators, strict=True):
-            P = P.to(working) if P.dtype.itemsize < 4 else P
-            checks.same_dtype(s, "seed", P.dtype, "the features")
-            checks.same_device(s, "seed", P.device, "the features")
-            if P.shape[-1] != s.shape[-2]:
-                raise ValueError(
-                    f"seed: expected one value per node of the walk, which has {P.shape[-1]}, got "
-                    f"{s.shape[-2]} nodes"
-                )
-            checks.broadcast_batch([P.shape[:-2], s.shape[:-2]], "features and seed")
-            y = step(P, y, s)
+            y = step(fitting(P, s), y, s)
             walks.append(y)
-        shaped = [self._like(walk, seed) for walk in (walks if return_walks else walks[-1:])]
+        shaped = [like(seed, walk) for walk in (walks if return_walks else walks[-1:])]
         return (shaped[-1], shaped) if return_walks else shaped[-1]
 
     def _operators(
@@ -323,14 +304,7 @@ class CascadedWalk(nn.Module):
     ) -> Sequence[Transition]:
         if isinstance(features[0], Transition):
             return features  # type: ignore[return-value]  # all are what the first is
-        if any(f.ndim != seed.ndim for f in features):  # type: ignore[union-attr]
-            raise ValueError(
-                f"features: expected {'maps [B, C, H, W]' if seed.ndim == 4 else 'node features [B, N, C]'} "
-                f"with a seed of shape {checks.shape_text(seed)}, got "
-                + ", ".join(checks.shape_text(f) for f in features)  # type: ignore[arg-type]
-            )
-        grid = (seed.shape[-2], seed.shape[-1]) if seed.ndim == 4 else None
-        return self.transitions(features, grid)  # type: ignore[arg-type]
+        return self.transitions(features, grid_of(seed, features))  # type: ignore[arg-type]
 
     def _check_count(self, features: Sequence[object]) -> None:
         if len(features) != len(self.steps):
@@ -338,10 +312,6 @@ class CascadedWalk(nn.Module):
 
     def _walk_steps(self) -> list[WalkStep]:
         return list(self.steps)  # type: ignore[arg-type]  # ModuleList forgets what it holds
-
-    @staticmethod
-    def _like(y: Tensor, seed: Tensor) -> Tensor:
-        return (y.mT.reshape(seed.shape) if seed.ndim == 4 else y).to(seed.dtype)
 
 
 def _count(feature_channels: Sequence[int] | None, steps: int | None) -> int:

@@ -1,5 +1,7 @@
 """Ψ: features of a network to the walk softmax(ψψᵀ) on the nodes of the seed (the paper, section 4)."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -69,6 +71,16 @@ class FeatureEmbedding(nn.Module):
         psi = psi.flatten(2).mT
         # Under autocast ψ arrives in half precision, in which its inner products cannot be told apart.
         return AttentionTransition(psi.float() if psi.dtype.itemsize < 4 else psi, scale=self.scale)
+
+
+def embed_all(
+    embeddings: nn.ModuleList, features: Sequence[Tensor], grid: tuple[int, int] | None
+) -> list[AttentionTransition]:
+    """The walk of each feature on one grid: for maps that of the smallest, if None."""
+    if grid is None and features[0].ndim == 4:
+        smallest = min(features, key=lambda f: f.shape[-1] * f.shape[-2])
+        grid = (smallest.shape[-2], smallest.shape[-1])
+    return [embed(f, grid) for embed, f in zip(embeddings, features, strict=True)]
 
 
 def _resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -91,6 +91,12 @@ class AttentionTransition(Transition):
         )
         return value * log_mass.unsqueeze(-1).exp()
 
+    def vjp(self, y: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """P y and the gradient in ψ, by the kernels; so it serves below autograd too."""
+        query, key = self._query_key()
+        product, g_query, g_key = attention_vjp(query, key, y, v)
+        return product, ((self.scale * g_query + g_key).to(self.dtype),)
+
     def rows(self, index: Tensor | Sequence[int]) -> Tensor:
         """The rows P[index], [..., len(index), N]."""
         query, key = self._query_key()
@@ -120,13 +126,27 @@ def attention(query: Tensor, key: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         value [..., N, K] and lse [..., N], in the dtype of `y`; computed in float32 at least.
     """
-    batch = checks.broadcast_batch([x.shape[:-2] for x in (query, key, y)], "query, key and y")
-    flat = [
-        _at_least_float32(x).expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (query, key, y)
-    ]
+    batch, flat = _flattened(query, key, y)
     value, lse = _attention(*flat)
     value = value.reshape(*batch, query.shape[-2], y.shape[-1])
     return value.to(y.dtype), lse.reshape(*batch, query.shape[-2]).to(y.dtype)
+
+
+def attention_vjp(query: Tensor, key: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax(q kᵀ) y, and the gradients of Σ g ⊙ softmax(q kᵀ) y in q and k; all differentiable."""
+    batch, flat = _flattened(query, key, y, g)
+    value, lse = _attention(*flat[:3])
+    g_query, g_key, _ = _attention_backward(*flat[:3], value, lse, flat[3], torch.zeros_like(lse))
+    shaped = [x.reshape(*batch, *x.shape[-2:]) for x in (value, g_query, g_key)]
+    return shaped[0].to(y.dtype), shaped[1].sum_to_size(query.shape), shaped[2].sum_to_size(key.shape)
+
+
+def _flattened(*arguments: Tensor) -> tuple[torch.Size, list[Tensor]]:
+    """The common leading shape, and the arguments with one leading dimension, in float32 at least."""
+    batch = checks.broadcast_batch([x.shape[:-2] for x in arguments], "query, key and y")
+    return batch, [
+        _at_least_float32(x).expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in arguments
+    ]
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

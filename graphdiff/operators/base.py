@@ -50,6 +50,19 @@ class Transition(ABC):
             (transposed,) = torch.autograd.grad(self.matmul(y), y, v, create_graph=recorded)
         return transposed
 
+    def vjp(self, y: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """P y, and the gradients of Σ v ⊙ (P y) in `tensors()` where these require one; differentiable."""
+        recorded = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views: differentiating with respect to the tensors themselves would, in a second derivative,
+            # run on through the graph that y hangs from.
+            views = [t.view_as(t) if t.requires_grad else t for t in self.tensors()]
+            product = self.with_tensors(views).matmul(y)
+            wanted = [view for view in views if view.requires_grad]
+            found = iter(torch.autograd.grad(product, wanted, v, create_graph=recorded, allow_unused=True))
+        gradients = tuple(next(found) if view.requires_grad else None for view in views)
+        return product if recorded else product.detach(), gradients
+
     @property
     def log_degree(self) -> Tensor | None:
         """log d up to a constant, [..., N], for reversible walks; else None."""
@@ -258,3 +271,7 @@ class TransposedTransition(Transition):
     def rmatmul(self, v: Tensor) -> Tensor:
         """P v."""
         return self.original.matmul(v)
+
+    def vjp(self, y: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """With the roles of y and v exchanged, the gradients of the original."""
+        return self.original.rmatmul(y), self.original.vjp(v, y)[1]

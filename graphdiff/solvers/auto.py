@@ -47,6 +47,15 @@ class Auto:
         return WatchedWalk(), f"not reversible: walks, at most about {products}, unless they turn out slow"
 
 
+def chosen(
+    solver: Solver | Auto | None, operator: Transition, mu: Tensor, channels: int, tol: float
+) -> tuple[Solver, str]:
+    """The solver that does the work, and why; None leaves it to `Auto`."""
+    if solver is None or isinstance(solver, Auto):
+        return Auto().choose(operator, mu, channels, tol)
+    return solver, "as asked"
+
+
 def _products(operator: Transition, mu: Tensor, tol: float) -> int:
     """How many products theory promises to be enough for a tolerance."""
     largest = mu.detach().amax().reshape(1, 1)

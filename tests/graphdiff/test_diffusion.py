@@ -26,11 +26,13 @@ def check_promise(problem: Problem, solver, transposed, dtype, tol=None):
     P, D = (P.T, D.mT) if transposed else (P, D)
     s = problem.s.to(dtype)
     exact = oracle(D, s, problem.mu)
-    sol = gd.solve(P, s, problem.mu, solver=solver, tol=tol)
+    tol = tol or {torch.float32: 1e-5, torch.float64: 1e-10}[dtype]
+    sol = gd.solve(P, s, problem.mu, solver=solver, tol=tol, on_failure="ignore")
     error = norm(sol.value.double() - exact, transposed)
-    allowed = (tol or {torch.float32: 1e-5, torch.float64: 1e-10}[dtype]) * norm(s.double(), transposed)
-    assert sol.converged.all()
-    assert (sol.error_bound <= allowed).all()
+    # Logits of several hundred are themselves rounded by more than some tolerances allow at µ near 1.
+    reachable = 5 * torch.as_tensor(P.rounding(torch.float64)) / (1 - problem.mu) <= tol
+    assert (sol.converged | ~reachable.reshape(*reachable.shape[:-2], -1)).all()
+    assert torch.equal(sol.converged, sol.error_bound <= tol * norm(s.double(), transposed))
     # The oracle itself is right to about 1e-13.
     slip = 1e-13 * norm(s.double(), transposed) / (1 - problem.mu)
     assert (error <= sol.error_bound + slip).all()
