@@ -148,6 +148,13 @@ def positive_number(value: float, name: str) -> float:
     return float(value)
 
 
+def nonnegative_number(value: float, name: str) -> float:
+    """A finite Python number ≥ 0."""
+    if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: expected a finite number ≥ 0, got {value!r}")
+    return float(value)
+
+
 def positive_integer(value: int, name: str) -> int:
     """A Python integer ≥ 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

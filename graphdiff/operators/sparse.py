@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Real
 from typing import Any, Literal, Self
 
 import torch
@@ -158,16 +159,16 @@ class SparseTransition(Transition):
                 f"{checks.shape_text(edge_index)}"
             )
         edges = edge_index.shape[1]
+        if weight is None:
+            weight = torch.ones(edges, dtype=dtype or torch.get_default_dtype(), device=edge_index.device)
+        checks.shaped(checks.floating(weight, "weight"), "weight", [edges], "one weight per edge")
+        checks.same_device(weight, "weight", edge_index.device, "edge_index")
         if num_nodes is None:
             if edges == 0:
                 raise ValueError("num_nodes: expected a number beside an edge_index without edges, got None")
             num_nodes = max(int(edge_index.max()), 0) + 1
         checks.positive_integer(num_nodes, "num_nodes")
         checks.node_numbers(edge_index, "edge_index", num_nodes)
-        if weight is None:
-            weight = torch.ones(edges, dtype=dtype or torch.get_default_dtype(), device=edge_index.device)
-        checks.shaped(checks.floating(weight, "weight"), "weight", [edges], "one weight per edge")
-        checks.same_device(weight, "weight", edge_index.device, "edge_index")
         source, target = edge_index.long()
         if undirected:
             apart = (source != target).nonzero().squeeze(-1)
@@ -226,6 +227,118 @@ class SparseTransition(Transition):
         if dtype is None and A.dtype.kind != "f":
             dtype = torch.get_default_dtype()
         source, target = (torch.tensor(x.astype("i8"), device=device) for x in (coo.row, coo.col))
+        return _walk(
+            source,
+            target,
+            weight,
+            A.shape[0],
+            name="A",
+            dangling=dangling,
+            reversible=reversible,
+            dtype=dtype or weight.dtype,
+        )
+
+    @classmethod
+    def from_networkx(
+        cls,
+        G: Any,
+        *,
+        weight: str | None = "weight",
+        dangling: Dangling = "self",
+        reversible: bool | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "SparseTransition":
+        """The walk on a networkx graph; node i is the i-th of G, edges of an undirected G go both ways.
+
+        Args:
+            G: Any networkx graph; the weights of parallel edges are added.
+            weight: Name of the edge attribute that holds the weight, ≥ 0; an edge without it weighs 1, and so
+                does every edge if None.
+            dangling: As in `from_edge_index`.
+            reversible: As in `from_edge_index`.
+            dtype: Of the operator; torch's default if None.
+            device: Of the operator; the CPU if None.
+
+        Raises:
+            TypeError: `G` is no networkx graph, or a weight is no number.
+            ValueError: `G` has no node, or a weight is negative or not finite.
+
+        Example:
+            >>> import networkx, graphdiff as gd
+            >>> gd.SparseTransition.from_networkx(networkx.star_graph(2)).rows([0])
+            tensor([[0.0000, 0.5000, 0.5000]])
+        """
+        import networkx
+
+        if not isinstance(G, networkx.Graph):
+            raise TypeError(
+                f"G: expected a networkx graph, got {type(G).__name__}; for matrices there are from_scipy, "
+                "from_torch and DenseTransition.from_affinity"
+            )
+        number = {node: i for i, node in enumerate(G)}
+        _check_matrix((len(number), len(number)), "the adjacency matrix of G")
+        sources, targets, weights = [], [], []
+        for u, v, held in G.edges(data=True):
+            w = held.get(weight, 1) if weight is not None else 1
+            if not isinstance(w, Real):
+                raise TypeError(
+                    f"weight: expected a number in {weight!r} of every edge that has it, got {w!r} for the "
+                    f"edge from {u!r} to {v!r}; name another attribute, or weight=None for equal weights"
+                )
+            sources.append(number[u])
+            targets.append(number[v])
+            weights.append(float(w))
+        return cls.from_edge_index(
+            torch.tensor([sources, targets], dtype=torch.int64, device=device),
+            torch.tensor(weights, dtype=checks.widest(torch.device(device or "cpu")), device=device),
+            len(number),
+            undirected=not G.is_directed(),
+            dangling=dangling,
+            reversible=reversible,
+            dtype=dtype or torch.get_default_dtype(),
+        )
+
+    @classmethod
+    def from_torch(
+        cls,
+        A: Tensor,
+        *,
+        dangling: Dangling = "self",
+        reversible: bool | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "SparseTransition":
+        """P[i, j] ∝ A[i, j] for a sparse tensor A ≥ 0 in COO or CSR layout, [N, N].
+
+        Differentiable in A: the gradient that reaches it is sparse, with its pattern. torch does not
+        differentiate values of a sparse tensor twice; `from_edge_index` with the weights themselves does.
+        `dangling`, `reversible` and `dtype` as in `from_edge_index`.
+
+        Raises:
+            TypeError: `A` is not a floating-point tensor, or of another layout.
+            ValueError: `A` is not square, negative or not finite somewhere.
+
+        Example:
+            >>> import torch, graphdiff as gd
+            >>> A = torch.tensor([[0.0, 2.0], [1.0, 3.0]]).to_sparse()
+            >>> gd.SparseTransition.from_torch(A).dense()
+            tensor([[0.0000, 1.0000],
+                    [0.2500, 0.7500]])
+        """
+        A = checks.floating(A, "A")
+        _check_matrix(A.shape, "A")
+        if A.layout == torch.sparse_coo:
+            A = A.coalesce()
+            (source, target), weight = A.indices(), A.values()
+        elif A.layout == torch.sparse_csr:
+            nodes = torch.arange(A.shape[0], device=A.device)
+            source = torch.repeat_interleave(nodes, A.crow_indices().diff())
+            target, weight = A.col_indices().long(), A.values()
+        else:
+            raise TypeError(
+                f"A: expected layout torch.sparse_coo or torch.sparse_csr, got {A.layout}; convert it with "
+                "A.to_sparse_coo()"
+            )
         return _walk(
             source,
             target,
@@ -312,22 +425,22 @@ class SparseTransition(Transition):
 
     def matmul(self, y: Tensor) -> Tensor:
         """P y."""
-        jump = self._bound_jump()
-        product = self._product(y, transposed=False)
-        if jump is None:
-            return product
-        landed = _weighted_sum(jump.to(product.dtype), y.to(product.dtype))
-        return torch.where(self._pattern.open_ends.unsqueeze(-1), landed, product).to(y.dtype)
+        jump, wide = self._bound_jump(), _at_least_float32(y)
+        product = self._product(wide, transposed=False)
+        if jump is not None:
+            landed = _weighted_sum(jump.to(wide.dtype), wide)
+            product = torch.where(self._pattern.open_ends.unsqueeze(-1), landed, product)
+        return product.to(y.dtype)
 
     def rmatmul(self, v: Tensor) -> Tensor:
         """Pᵀ v."""
-        jump = self._bound_jump()
-        product = self._product(v, transposed=True)
-        if jump is None or self.dangling is None:
-            return product
-        jumping = v.index_select(-2, self.dangling).to(product.dtype)
-        mass = _weighted_sum(jumping.new_ones(len(self.dangling)), jumping)
-        return (product + jump.to(product.dtype).unsqueeze(-1) * mass).to(v.dtype)
+        jump, wide = self._bound_jump(), _at_least_float32(v)
+        product = self._product(wide, transposed=True)
+        if jump is not None and self.dangling is not None:
+            leaving = wide.index_select(-2, self.dangling)
+            mass = _weighted_sum(wide.new_ones(len(self.dangling)), leaving)
+            product = product + jump.to(wide.dtype).unsqueeze(-1) * mass
+        return product.to(v.dtype)
 
     def _bound_jump(self) -> Tensor | None:
         if self.restarts:
@@ -339,20 +452,19 @@ class SparseTransition(Transition):
 
     def _product(self, y: Tensor, *, transposed: bool) -> Tensor:
         """The edges' part of P y or Pᵀ y; leading dimensions of y are columns more."""
-        working = torch.promote_types(y.dtype, torch.float32)
-        columns = y.to(working).movedim(-2, 0)
+        columns = y.movedim(-2, 0)
         flat = columns.reshape(len(columns), -1)
         if _composed(self.values, y):
             ends = (self._pattern.sources, self.indices)
             into, out_of = ends[::-1] if transposed else ends
-            steps = self.values.to(working).unsqueeze(-1) * flat.index_select(0, out_of)
+            steps = self.values.to(y.dtype).unsqueeze(-1) * flat.index_select(0, out_of)
             product = torch.zeros_like(flat).index_add(0, into, steps)
         elif transposed:
             indptr, indices, _ = self._pattern.transpose
-            product = _csr_product(indptr, indices, self._values_by_column.to(working), flat)
+            product = _csr_product(indptr, indices, self._values_by_column.to(y.dtype), flat)
         else:
-            product = _csr_product(self.indptr, self.indices, self.values.detach().to(working), flat)
-        return product.reshape(columns.shape).movedim(0, -2).contiguous().to(y.dtype)
+            product = _csr_product(self.indptr, self.indices, self.values.detach().to(y.dtype), flat)
+        return product.reshape(columns.shape).movedim(0, -2).contiguous()
 
     @cached_property
     def _values_by_column(self) -> Tensor:
@@ -447,6 +559,10 @@ class _Pattern:
         """Most edges in a row or a column."""
         into = torch.bincount(self.indices, minlength=1)
         return max(int(self.indptr.diff().max()), int(into.max()))
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _row_starts(rows: Tensor, nodes: int) -> Tensor:

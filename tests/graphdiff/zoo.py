@@ -115,6 +115,50 @@ def _sparse(edges: Callable[[int], Tensor], dangling: str = "self", reversible: 
     return Kind(_pattern(edges), build, dense, reversible, batched=False)
 
 
+def _sides(n: int) -> tuple[int, int]:
+    """Height and width of a grid of n pixels, as near to a square as n allows."""
+    height = max(h for h in range(1, n + 1) if n % h == 0 and h * h <= n)
+    return height, n // height
+
+
+def _grid(connectivity: int) -> Kind:
+    def build(pixels: Tensor) -> gd.Transition:
+        image = pixels.T.reshape(3, *_sides(len(pixels)))
+        return gd.grid_transition(image, beta=0.7, connectivity=connectivity)
+
+    def dense(pixels: Tensor) -> Tensor:
+        n, width = len(pixels), _sides(len(pixels))[1]
+        place = torch.arange(n)
+        place = torch.stack([place // width, place % width], -1)
+        apart = (place.unsqueeze(1) - place).abs()
+        steps = apart.sum(-1) if connectivity == 4 else apart.amax(-1)
+        unlike = (pixels.unsqueeze(1) - pixels).square().sum(-1)
+        return torch.softmax((-0.7 * unlike).masked_fill(steps != min(1, n - 1), -torch.inf), -1)
+
+    return Kind(_features(1.0), build, dense, batched=False, relabelled=())
+
+
+def _lazy_ring() -> Kind:
+    """Stays with a probability of its own at each node, else steps to either side; written as a product."""
+
+    def leaf(g: torch.Generator, batch: tuple[int, ...], n: int) -> Tensor:
+        return 0.1 + 0.8 * torch.rand(*batch, n, 1, generator=g, dtype=torch.float64)
+
+    def product(y: Tensor, stay: Tensor) -> Tensor:
+        return stay * y + (1 - stay) * (y.roll(1, -2) + y.roll(-1, -2)) / 2
+
+    def build(stay: Tensor) -> gd.Transition:
+        log_degree = -torch.log1p(-stay.detach()).squeeze(-1)
+        shape = (*stay.shape[:-1], stay.shape[-2])
+        return gd.FunctionTransition(product, shape, tensors=(stay,), log_degree=log_degree)
+
+    def dense(stay: Tensor) -> Tensor:
+        eye = torch.eye(stay.shape[-2], dtype=torch.float64)
+        return stay * eye + (1 - stay) * (eye.roll(1, -2) + eye.roll(-1, -2)) / 2
+
+    return Kind(leaf, build, dense, relabelled=())
+
+
 def _attention(leaf: Leaves, scale: float = 1.0) -> Kind:
     return Kind(
         leaf,
@@ -136,6 +180,9 @@ OPERATORS: dict[str, Kind] = {
     "isolated node": _sparse(_isolated),
     "sparse disconnected": _sparse(_disconnected),
     "uniform jump": _sparse(_stuck, "uniform", reversible=False),
+    "grid": _grid(4),
+    "grid of 8": _grid(8),
+    "function": _lazy_ring(),
     "flat attention": _attention(_features(0.3)),
     "scaled attention": _attention(_features(2.0), scale=0.37),
     "sharp attention": _attention(_features(5.0)),

@@ -1,0 +1,529 @@
+"""Walks given by their edges, by an image or by a product: every constructor against the dense matrix."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+
+import graphdiff as gd
+from graphdiff.operators import sparse as sparse_module
+
+EDGES = torch.tensor([[0, 0, 1, 3, 0, 4], [1, 2, 0, 3, 1, 0]])  # 0 → 1 twice, a self-loop at 3, none out of 2
+WEIGHT = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], dtype=torch.float64)
+WHERE = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.0], dtype=torch.float64)
+from_edges = gd.SparseTransition.from_edge_index
+
+
+def randn(*shape, seed=3, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def affinity(edge_index=EDGES, weight=WEIGHT, n=5):
+    return torch.zeros(n, n, dtype=weight.dtype).index_put(tuple(edge_index), weight, accumulate=True)
+
+
+def landing(n, dangling):
+    """The rows of nodes without an edge out."""
+    if dangling == "self":
+        return torch.eye(n, dtype=torch.float64)
+    return (WHERE if isinstance(dangling, torch.Tensor) else torch.full((n,), 1 / n).double()).expand(n, n)
+
+
+def walk(W, dangling="self"):
+    degree = W.sum(-1, keepdim=True)
+    return torch.where(degree > 0, W / degree, landing(len(W), dangling))
+
+
+# --- direction, duplicates, mirror images
+
+
+def test_directions():
+    P = from_edges(torch.tensor([[0], [1]]), num_nodes=2)
+    torch.testing.assert_close(P.dense(), torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+    # A signal at node 1 is what node 0 sees; a mass at node 0 is what node 1 gets.
+    torch.testing.assert_close(P @ torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]))
+    torch.testing.assert_close(P.T @ torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+
+
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+def test_duplicates_are_added_and_nodes_without_edges_kept(integers):
+    P = from_edges(EDGES.to(integers), WEIGHT, 6)
+    torch.testing.assert_close(P.dense(), walk(affinity(n=6)))
+    assert len(P.indices) == 5 + 2
+    assert from_edges(EDGES, WEIGHT).shape == (5, 5)
+
+
+def test_undirected_mirrors_every_edge_and_self_loops_once():
+    W = affinity()
+    expected = W + W.T - torch.diag(W.diag())
+    P = from_edges(EDGES, WEIGHT, undirected=True)
+    torch.testing.assert_close(P.dense(), walk(expected))
+    torch.testing.assert_close(P.log_degree, expected.sum(-1).log())
+
+
+def test_reversible_is_found_declared_or_denied():
+    path = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+    symmetric = torch.tensor([2.0, 2.0, 7.0, 7.0])
+    assert from_edges(path, symmetric).reversible
+    assert not from_edges(path, symmetric + torch.tensor([0.0, 1e-6, 0.0, 0.0])).reversible
+    assert from_edges(path, symmetric + torch.tensor([0.0, 1e-6, 0.0, 0.0]), reversible=True).reversible
+    assert not from_edges(path, symmetric, reversible=False).reversible
+    assert not from_edges(path[:, :2], undirected=True, reversible=False).reversible
+    # Found on the sums: 0 → 1 in two halves; and an edge of weight 0 is none.
+    halves = torch.tensor([[0, 0, 1, 2], [1, 1, 0, 0]])
+    assert from_edges(halves, torch.tensor([1.0, 1.0, 2.0, 0.0])).reversible
+    assert not from_edges(halves, torch.tensor([1.0, 1.0, 2.0, 1.0])).reversible
+
+
+def test_weights_of_any_size_are_normalised():
+    edges = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1]])
+    weight = torch.tensor([1e-320, 1e-320, 1e308, 1e308], dtype=torch.float64)
+    torch.testing.assert_close(from_edges(edges, weight).values, torch.full_like(weight, 0.5))
+    P = from_edges(torch.tensor([[0, 0], [1, 1]]), torch.tensor([3e38, 3e38]), undirected=True)
+    torch.testing.assert_close(P.dense(), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+
+
+def test_a_hub_of_many_edges_is_summed_in_float64():
+    n = 200_000
+    star = torch.stack([torch.zeros(n - 1, dtype=torch.int64), torch.arange(1, n)])
+    P = from_edges(star, torch.rand(n - 1, generator=torch.Generator().manual_seed(2)), n, undirected=True)
+    assert float((P.row_sums - 1).abs().max()) < 1e-7
+
+
+def test_degrees_of_nodes_on_their_own_hide_no_others():
+    P = from_edges(torch.tensor([[1], [2]]), torch.tensor([1e-30]), 4, undirected=True)
+    torch.testing.assert_close(
+        P.log_degree.double().exp(), torch.full((4,), 1e-30).double(), rtol=1e-5, atol=0
+    )
+    assert torch.equal(
+        from_edges(torch.zeros(2, 0, dtype=torch.int64), num_nodes=3).log_degree, torch.zeros(3)
+    )
+
+
+# --- nodes without an edge out
+
+
+@pytest.mark.parametrize("dangling", ["self", "uniform", WHERE], ids=str)
+@pytest.mark.parametrize("weight", [WEIGHT, WEIGHT * (EDGES[0] != 1)], ids=["no edge", "weight zero"])
+def test_dangling_policies(dangling, weight):
+    P = from_edges(EDGES, weight, dangling=dangling)
+    D = walk(affinity(weight=weight), dangling)
+    y = randn(2, 5, 3)
+    torch.testing.assert_close(P.dense(), D)
+    torch.testing.assert_close(P @ y, D @ y)
+    torch.testing.assert_close(P.T @ y, D.T @ y)
+    torch.testing.assert_close(P.rows([2, 0]), D[[2, 0]])
+    torch.testing.assert_close(P.row_sums, torch.ones(5, 1, dtype=torch.float64))
+    assert P.sparse == (isinstance(dangling, str) and dangling == "self")
+    assert not P.restarts
+
+
+@pytest.mark.parametrize("dangling", ["self", "uniform", "restart", "error", WHERE], ids=str)
+def test_an_isolated_node_under_each_policy(dangling):
+    edges = torch.tensor([[0, 1, 3], [1, 3, 4]])
+    if isinstance(dangling, str) and dangling == "error":
+        with pytest.raises(ValueError, match=r"got 1 of 5 nodes without, for example \[2\]; choose"):
+            from_edges(edges, dangling=dangling, undirected=True)
+        assert from_edges(edges[:, :1], undirected=True, dangling="error").sparse
+        return
+    P = from_edges(edges, dangling=dangling, undirected=True, dtype=torch.float64)
+    stays = isinstance(dangling, str) and dangling == "self"
+    assert P.reversible == P.sparse == stays
+    if P.restarts:
+        P = P.restarting_at(WHERE)
+        dangling = WHERE
+    A = affinity(edges, torch.ones(3).double())
+    torch.testing.assert_close(P.dense(), walk(A + A.T, dangling))
+
+
+def test_a_policy_that_no_node_needs_changes_nothing():
+    ring = torch.tensor([[0, 1, 2], [1, 2, 0]])
+    for dangling in ("uniform", "restart", "error", torch.full((3,), 1 / 3)):
+        P = from_edges(ring, dangling=dangling)
+        assert P.sparse
+        assert not P.restarts
+        assert not P.reversible
+
+
+def test_walks_that_restart_wait_for_the_signal():
+    P = from_edges(EDGES, WEIGHT, dangling="restart")
+    assert P.restarts
+    for use in (lambda: P @ randn(5), lambda: P.T @ randn(5), P.dense, lambda: P.rows([0])):
+        with pytest.raises(ValueError, match=r"restart at the signal.* solve, diffuse and pagerank bind it"):
+            use()
+    starts = torch.stack([WHERE, WHERE.flip(0)])
+    bound = P.restarting_at(starts)
+    assert bound.shape == (2, 5, 5)
+    y = randn(2, 5, 3)
+    for i in range(2):
+        alone = P.restarting_at(starts[i])
+        assert torch.equal((bound @ y)[i], alone @ y[i])
+        assert torch.equal((bound.T @ y)[i], alone.T @ y[i])
+        torch.testing.assert_close(bound.dense()[i], alone.dense())
+    with pytest.raises(TypeError, match="no open ends"):
+        from_edges(EDGES, WEIGHT).restarting_at(WHERE)
+
+
+@pytest.mark.parametrize("dangling", ["uniform", WHERE, "restart"], ids=str)
+def test_diffusion_where_nodes_dangle(dangling):
+    P, s = from_edges(EDGES, WEIGHT, dangling=dangling), randn(5, 2).abs()
+    for k in range(2):
+        D = P.restarting_at(s[:, k] / s[:, k].sum()).dense() if P.restarts else P.dense()
+        exact = 0.15 * torch.linalg.solve(torch.eye(5) - 0.85 * D.T, s[:, k])
+        torch.testing.assert_close(gd.diffuse(P.T, s, 0.85)[:, k], exact, rtol=0, atol=1e-9)
+
+
+# --- one graph, every constructor
+
+
+def test_every_constructor_makes_the_same_matrix():
+    networkx, scipy = pytest.importorskip("networkx"), pytest.importorskip("scipy.sparse")
+    W = affinity()
+    G = networkx.MultiDiGraph()
+    G.add_nodes_from(range(5))
+    for (i, j), w in zip(EDGES.T.tolist(), WEIGHT.tolist(), strict=True):
+        G.add_edge(i, j, weight=w)
+    unsorted = torch.sparse_coo_tensor(EDGES, WEIGHT, (5, 5), check_invariants=True)
+    made = [
+        from_edges(EDGES, WEIGHT),
+        gd.SparseTransition.from_networkx(G, dtype=torch.float64),
+        gd.SparseTransition.from_torch(unsorted),
+        gd.SparseTransition.from_torch(W.to_sparse_csr()),
+    ]
+    coo = scipy.coo_array((WEIGHT.numpy(), tuple(EDGES.numpy())), shape=(5, 5))
+    made += [gd.SparseTransition.from_scipy(coo.asformat(f)) for f in ("coo", "csr", "csc", "lil", "dok")]
+    made.append(gd.SparseTransition.from_scipy(scipy.csr_matrix(W.numpy())))
+    for P in made:
+        torch.testing.assert_close(P.dense(), made[0].dense())
+        assert torch.equal(P.indices, made[0].indices)
+        assert P.indices.dtype == torch.int32
+
+
+def test_scipy_numbers_of_every_kind():
+    scipy = pytest.importorskip("scipy.sparse")
+    A = scipy.csr_array(affinity().numpy())
+    for kind, dtype in (("i4", "f4"), ("u1", "f4"), ("?", "f4"), ("f4", "f4"), ("f8", "f8"), ("g", "f8")):
+        P = gd.SparseTransition.from_scipy(A.astype(kind))
+        assert P.dtype == {"f4": torch.float32, "f8": torch.float64}[dtype]
+        torch.testing.assert_close(
+            P.dense().double(), walk(torch.tensor(A.astype(kind).todense().astype("f8")))
+        )
+    assert gd.SparseTransition.from_scipy(A, dtype=torch.float16).dtype == torch.float16
+
+
+def test_networkx_graphs():
+    networkx = pytest.importorskip("networkx")
+    G = networkx.Graph()
+    G.add_edge("b", "a", weight=3)
+    G.add_edge("b", "c")  # weighs 1
+    G.add_edge("c", "c", weight=0.5, length=7.0)
+    W = torch.tensor([[0.0, 3.0, 1.0], [3.0, 0.0, 0.0], [1.0, 0.0, 0.5]])
+    P = gd.SparseTransition.from_networkx(G)
+    torch.testing.assert_close(P.dense(), W / W.sum(-1, keepdim=True))
+    assert P.reversible
+    torch.testing.assert_close(
+        gd.SparseTransition.from_networkx(G, weight=None).dense()[2], torch.tensor([0.5, 0.0, 0.5])
+    )
+    torch.testing.assert_close(
+        gd.SparseTransition.from_networkx(G, weight="length").dense()[2], torch.tensor([0.125, 0.0, 0.875])
+    )
+    for wrong in (None, "3", [1.0]):
+        G["b"]["c"]["weight"] = wrong
+        with pytest.raises(TypeError, match=r"weight: expected a number .* for the edge from 'b' to 'c'"):
+            gd.SparseTransition.from_networkx(G)
+
+
+def test_a_csr_matrix_that_is_ready_is_not_copied():
+    D = from_edges(EDGES, WEIGHT)
+    P = gd.SparseTransition(D.indptr, D.indices, D.values)
+    for name in ("indptr", "indices", "values"):
+        assert getattr(P, name).data_ptr() == getattr(D, name).data_ptr()
+    shared = P.to_scipy()
+    assert shared.data.ctypes.data == P.values.data_ptr()
+    assert shared.indices.ctypes.data == P.indices.data_ptr()
+
+
+def test_scipy_gets_back_what_it_gave():
+    scipy = pytest.importorskip("scipy.sparse")
+    P = from_edges(EDGES, WEIGHT)
+    assert isinstance(P.to_scipy(), scipy.csr_array)
+    assert P.to_scipy().dtype == "f8"
+    assert P.to(torch.bfloat16).to_scipy().dtype == "f4"
+    assert (P.to_scipy().todense() == P.dense().numpy()).all()
+    with pytest.raises(TypeError, match=r"to_scipy: .* is not sparse"):
+        from_edges(EDGES, WEIGHT, dangling="uniform").to_scipy()
+
+
+def test_neighbours():
+    P = from_edges(EDGES, WEIGHT)
+    index = torch.tensor([4, 0, 0, 2])
+    position, node, probability = P.neighbours(index)
+    found = torch.zeros(4, 5, dtype=torch.float64).index_put((position, node), probability)
+    torch.testing.assert_close(found, P.dense()[index])
+    assert len(node) == 1 + 2 + 2 + 1
+    assert all(len(x) == 0 for x in P.neighbours(torch.arange(0)))
+    with pytest.raises(TypeError, match=r"neighbours: .* is not sparse"):
+        from_edges(EDGES, WEIGHT, dangling="uniform").neighbours([0])
+
+
+# --- products
+
+
+def spread(n, edges, dtype):
+    """A random graph whose weights differ by orders of magnitude."""
+    g = torch.Generator().manual_seed(n)
+    edge_index = torch.randint(n, (2, edges), generator=g)
+    edge_index[0, : edges // 4] = 0  # a hub
+    weight = 10 ** (12 * torch.rand(edges, generator=g, dtype=torch.float64) - 6)
+    return from_edges(edge_index, weight.to(dtype), n, dangling="uniform")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "edges"), [(7, 12), (500, 3000), (20_000, 100_000)])
+def test_the_bits_of_a_signal_depend_on_no_other(n, edges, dtype):
+    P, y = spread(n, edges, dtype), randn(n, 33, dtype=dtype)
+    assert P.jump is not None
+    for product in (P.matmul, P.rmatmul):
+        together = product(y)
+        assert torch.equal(product(y), together)
+        for channels in (1, 2, 7):
+            for start in (0, 5, 33 - channels):
+                some = y[:, start : start + channels]
+                assert torch.equal(product(some.contiguous()), together[:, start : start + channels])
+                assert torch.equal(product(some), together[:, start : start + channels])
+        batched = product(y[:, :32].reshape(n, 4, 8).movedim(1, 0))
+        assert batched.is_contiguous()
+        assert torch.equal(batched.movedim(0, 1).reshape(n, 32), together[:, :32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_ways_to_a_product_are_within_the_stated_rounding(dtype):
+    P = spread(500, 3000, dtype)
+    y, D = randn(500, 3, dtype=dtype), P.dense().double()
+    for P_or_T, matrix, order in ((P, D, torch.inf), (P.T, D.T, 1)):
+        exact, eps = matrix @ y.double(), P.rounding(dtype)
+        size = torch.linalg.vector_norm(y.double(), order, 0)
+        recorded = P_or_T.matmul(y.clone().requires_grad_()).detach()
+        for product in (P_or_T.matmul(y), recorded):
+            error = torch.linalg.vector_norm(product.double() - exact, order, 0)
+            assert (error <= eps * size).all()
+
+
+def test_rounding_counts_the_longest_row_column_or_jump():
+    eps = torch.finfo(torch.float64).eps
+    star = torch.tensor([[1, 2, 3, 4], [0, 0, 0, 0]])
+    assert from_edges(star).rounding(torch.float64) == (5 + 4) * eps  # with its self-loop
+    assert from_edges(star.flip(0)).rounding(torch.float64) == (4 + 4) * eps
+    assert from_edges(star[:, :1], num_nodes=9, dangling="uniform").rounding(torch.float64) == (9 + 4) * eps
+
+
+def test_half_precision_and_autocast_multiply_in_float32():
+    P, y = spread(500, 3000, torch.float32), randn(500, 3, dtype=torch.float32)
+    half = P.to(torch.bfloat16)
+    for product in (half @ y.bfloat16(), half @ y.bfloat16().requires_grad_()):
+        assert product.dtype == torch.bfloat16
+        assert (product.double() - P.dense().double() @ y.double()).abs().max() < 0.03
+    for signal in (y, y.clone().requires_grad_()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            product, transposed = P @ signal, P.T @ signal
+        assert product.dtype == transposed.dtype == torch.float32
+        assert torch.equal(product.detach(), (P @ signal).detach())
+
+
+def test_dtypes_and_tensors_change_while_the_sorted_edges_are_kept(monkeypatch):
+    P = from_edges(EDGES, WEIGHT, dangling="uniform")
+    P.T @ randn(5)
+    monkeypatch.setattr(sparse_module._Pattern, "transpose", P._pattern.transpose)
+    for Q in (P.to(torch.float32), P.with_tensors([x.clone() for x in P.tensors()]), P.restarting_at(WHERE)):
+        assert Q._pattern is P._pattern
+        assert Q.T.dense().dtype == Q.dtype
+        assert Q.shape == P.shape
+    assert P.to("meta")._pattern is not P._pattern
+    assert P.to("meta").jump.device.type == P.to("meta").dangling.device.type == "meta"
+    undirected = from_edges(EDGES, WEIGHT, undirected=True)
+    assert undirected.to(torch.float32).log_degree.dtype == torch.float32
+
+
+def test_other_values_give_other_products():
+    P = from_edges(EDGES, WEIGHT)
+    P.row_sums, P.T.dense()
+    Q = P.with_tensors([P.values.flip(0)])
+    torch.testing.assert_close(Q.T.dense(), Q.dense().T)
+    torch.testing.assert_close(Q.row_sums, Q.dense().sum(-1, keepdim=True))
+
+
+def test_a_representation_tells_size_edges_and_facts():
+    assert repr(from_edges(EDGES, WEIGHT)) == "SparseTransition([5, 5], float64, cpu, 6 edges)"
+    assert "reversible, 7 edges" in repr(from_edges(EDGES, WEIGHT, undirected=True))
+    assert "1 jumping" in repr(from_edges(EDGES, WEIGHT, dangling="uniform"))
+    assert "1 restarting" in repr(from_edges(EDGES, WEIGHT, dangling="restart"))
+
+
+# --- gradients
+
+
+@pytest.mark.parametrize("dangling", ["self", "uniform"])
+def test_derivatives_of_every_order_in_weights_and_signal(dangling):
+    def both(weight, y):
+        P = from_edges(EDGES, weight, dangling=dangling)
+        return P.matmul(y), P.rmatmul(y), P.rows([0, 2])
+
+    inputs = (WEIGHT.clone().requires_grad_(), randn(2, 5, 2).requires_grad_())
+    assert gradcheck(both, inputs)
+    assert gradgradcheck(both, inputs)
+
+
+def test_derivatives_of_every_order_in_values_and_jump():
+    P = from_edges(EDGES, WEIGHT, dangling="uniform")
+    jump = torch.stack([WHERE, WHERE.flip(0)])
+
+    def both(values, jump, y):
+        Q = P.restarting_at(torch.stack([WHERE, WHERE])).with_tensors([values, jump])
+        return Q.matmul(y), Q.rmatmul(y), Q.dense()
+
+    inputs = tuple(x.clone().requires_grad_() for x in (P.values, jump, randn(5, 2)))
+    assert gradcheck(both, inputs)
+    assert gradgradcheck(both, inputs)
+    probability = from_edges(EDGES, inputs[0].detach().new_ones(6).requires_grad_()).neighbours([0, 1])[2]
+    assert probability.requires_grad
+
+
+def test_a_weight_that_makes_no_difference_has_no_gradient():
+    weight = torch.tensor(
+        [0.0, 2.0], dtype=torch.float64, requires_grad=True
+    )  # out of a node left with nothing
+    for dangling in ("self", "uniform"):
+        P = from_edges(torch.tensor([[0, 1], [1, 0]]), weight, dangling=dangling)
+        (gradient,) = torch.autograd.grad((P @ randn(2)).sum(), weight)
+        assert torch.equal(gradient, torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_gradients_reach_sparse_tensors_sparse(layout):
+    W = affinity()
+    A = W.to_sparse(layout=layout).requires_grad_()
+    y = randn(5, 2)
+    P = gd.SparseTransition.from_torch(A)
+    gd.diffuse(P, y, 0.7).square().sum().backward()
+    assert A.grad.layout == layout
+    gradient = A.grad.coalesce() if layout == torch.sparse_coo else A.grad
+    assert gradient.values().shape == (5,)
+
+    dense = W.clone().requires_grad_()
+    D = torch.where(
+        W.sum(-1, keepdim=True) > 0, dense / dense.sum(-1, keepdim=True).clamp(min=1e-9), torch.eye(5)
+    )
+    (0.3 * torch.linalg.solve(torch.eye(5).double() - 0.7 * D, y)).square().sum().backward()
+    torch.testing.assert_close(A.grad.to_dense(), dense.grad * (W > 0), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_memory_of_a_backward_is_that_of_the_edges():
+    resource = pytest.importorskip("resource")
+    n = 100_000
+    edges = torch.randint(n, (2, 4 * n), generator=torch.Generator().manual_seed(1))
+    weight = torch.rand(4 * n, dtype=torch.float64, requires_grad=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    P = from_edges(edges, weight, n)
+    (P @ randn(n, 8)).square().sum().backward()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < 1e9  # the matrix alone is 8e10 bytes
+
+
+# --- images
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.sampled_from([4, 8]), st.sampled_from([0.0, 1.0, 90.0]))
+def test_grids_equal_the_definition(height, width, connectivity, beta):
+    image = randn(2, height, width, seed=height)
+    place = torch.cartesian_prod(torch.arange(height), torch.arange(width)).reshape(-1, 2)
+    apart = (place.unsqueeze(1) - place).abs()
+    near = apart.sum(-1) == 1 if connectivity == 4 else apart.amax(-1) == 1
+    if len(place) == 1:
+        near = torch.ones(1, 1, dtype=torch.bool)
+    unlike = (image.flatten(1).unsqueeze(2) - image.flatten(1).unsqueeze(1)).square().sum(0)
+    W = torch.where(near, torch.exp(-beta * unlike), 0.0)
+    P = gd.grid_transition(image, beta, connectivity)
+    # Where all weights of a pixel underflow, the log domain still knows the walk.
+    whole = W.sum(-1) > 1e-280
+    torch.testing.assert_close(P.dense()[whole], (W / W.sum(-1, keepdim=True))[whole], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(P.log_degree[whole], W.sum(-1)[whole].log(), rtol=1e-9, atol=1e-9)
+    assert P.reversible
+    assert P.sparse
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, 1e30), (torch.float64, 1e200), (torch.float16, 6e4)]
+)
+def test_pixels_like_none_of_their_neighbours_are_left_all_the_same(dtype, size):
+    image = (size * torch.tensor([[[0.0, 1.0, 0.0], [0.5, 0.0, 1.0]]], dtype=torch.float64)).to(dtype)
+    P = gd.grid_transition(image)
+    torch.testing.assert_close(P.row_sums, torch.ones(6, 1, dtype=torch.float64), rtol=0, atol=1e-3)
+    assert P.log_degree.isfinite().all()
+    assert gd.diffuse(P, image.flatten(1).T.clamp(max=1), 0.5).isfinite().all()
+
+
+def test_derivatives_of_every_order_in_an_image():
+    y = randn(6, 2)
+
+    def both(image):
+        P = gd.grid_transition(image, 0.5, 8)
+        return P.matmul(y), P.rmatmul(y)
+
+    image = randn(3, 2, 3).requires_grad_()
+    assert gradcheck(both, (image,))
+    assert gradgradcheck(both, (image,))
+
+
+# --- products alone
+
+
+def test_functions_have_every_product_and_gradient():
+    D = torch.softmax(randn(3, 3), -1).requires_grad_()
+    calls = []
+
+    def matmul(y, D, order):
+        calls.append(y.dtype)
+        return D @ y[..., order, :][..., order.argsort(), :]
+
+    order = torch.tensor([2, 0, 1], dtype=torch.int32).long()
+    P = gd.FunctionTransition(matmul, (3, 3), tensors=[D, order])
+    y = randn(2, 3, 4)
+    torch.testing.assert_close(P @ y, D @ y)
+    torch.testing.assert_close(P.T @ y, D.mT @ y)
+    torch.testing.assert_close(P.rows([1]), D[[1]])
+    torch.testing.assert_close(P.row_sums, torch.ones(3, 1, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(gd.diffuse(P, y[0], 0.5).square().sum(), D)
+    exact = 0.5 * torch.linalg.solve(torch.eye(3).double() - 0.5 * D, y[0])
+    torch.testing.assert_close(gradient, torch.autograd.grad(exact.square().sum(), D)[0])
+    Q = P.to(torch.float32)
+    assert (Q @ y.float()).dtype == torch.float32
+    assert calls[-1] == torch.float32
+    assert Q.arguments[1].dtype == torch.int64
+    assert not P.reversible
+
+
+def test_functions_without_tensors_take_dtype_and_device():
+    P = gd.FunctionTransition(lambda y: y, 2)
+    assert P.dtype == torch.get_default_dtype()
+    assert P.to(torch.float64).dtype == torch.float64
+    assert P.shape == (2, 2)
+    assert gd.FunctionTransition(lambda y: y, (4, 2, 2), dtype=torch.float64).shape == (4, 2, 2)
+    Q = gd.FunctionTransition(
+        lambda y: y.roll(1, -2), 3, rmatmul=lambda v: v.roll(-1, -2), dtype=torch.float64
+    )
+    torch.testing.assert_close(Q.T.dense(), Q.dense().T)
+    assert gd.solve(Q.T, torch.tensor([1.0, 0.0, 0.0]).double(), 0.9).converged
+    facts = {"log_degree": torch.zeros(2), "positive_semidefinite": True}
+    assert "reversible, positive semidefinite" in repr(gd.FunctionTransition(lambda y: y, 2, **facts))
+
+
+def test_a_function_of_rounded_rows_is_certified_as_it_is():
+    D = torch.softmax(randn(40, 40, dtype=torch.float32), -1)
+    P = gd.FunctionTransition(lambda y, D: D @ y, 40, tensors=[D])
+    s = torch.ones(40)
+    sol = gd.solve(P, s, 0.999, tol=1e-4)
+    exact = 0.001 * torch.linalg.solve(torch.eye(40).double() - 0.999 * D.double(), s.double())
+    assert sol.converged
+    assert (sol.value.double() - exact).abs().max() <= sol.error_bound
