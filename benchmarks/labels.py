@@ -6,7 +6,8 @@ accuracy is that on all the other nodes. Every method gets the same undirected e
 and predicts the class with the largest score; nodes in a component without any label get class 0.
 
 With S = D^-1/2 A D^-1/2 both peers approach (1 − α)(I − αS)⁻¹s, the exact diffusion of D^-1/2 s up to a
-factor per node; the last column counts the nodes whose label is not that of this limit.
+factor per node; the last column counts the nodes whose label is not that of this limit, of several draws in
+the worst.
 
     python benchmarks/labels.py --data ../shared/data/graphs
 
@@ -192,8 +193,9 @@ def main():
         f"{name} {version(name)}" for name in ("torch", "scipy", "scikit-learn", "torch_geometric")
     )
     print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {versions}, float64; seeds "
-        f"0 … {options.seeds - 1} where drawn, parameters from {FRACTIONS} where chosen\n"
+        f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
+        f"{versions}, float64; seeds 0 … {options.seeds - 1} where drawn, parameters from {FRACTIONS} where "
+        "chosen\n"
     )
     print("| graph | method | µ or α | accuracy, % | labels unlike the limit |")
     print("| --- | --- | ---: | ---: | ---: |")
