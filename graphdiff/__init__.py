@@ -7,6 +7,7 @@
 
 from graphdiff import nn, operators, solvers
 from graphdiff.diffusion import diffuse, solve
+from graphdiff.estimate import Estimate, estimate
 from graphdiff.nn import CascadedWalk, Diffusion, FeatureEmbedding, WalkStep
 from graphdiff.operators import (
     AttentionTransition,
@@ -26,6 +27,7 @@ __all__ = [
     "ConvergenceWarning",
     "DenseTransition",
     "Diffusion",
+    "Estimate",
     "FeatureEmbedding",
     "FunctionTransition",
     "Solution",
@@ -33,6 +35,7 @@ __all__ = [
     "Transition",
     "WalkStep",
     "diffuse",
+    "estimate",
     "grid_transition",
     "nn",
     "operators",

@@ -1,5 +1,8 @@
 """y = (1 − µ)(I − µP)⁻¹ s: `solve` with its evidence, `diffuse` for the value alone."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -87,6 +90,18 @@ def solve(
                 f"initial: expected shape {list(shape)} like s, got {checks.shape_text(initial)}"
             )
 
+    if P.restarts:
+        return _solve_restarting(
+            P,
+            s,
+            mu,
+            initial,
+            solver=solver,
+            tol=tol,
+            max_steps=max_steps,
+            on_failure=on_failure,
+        )
+
     # Half precision is solved in float32. Outside the iteration everything is in the best precision at hand.
     operator = P.to(torch.float32) if P.dtype in (torch.float16, torch.bfloat16) else P
     wide = torch.float32 if P.device.type == "mps" else torch.float64
@@ -125,6 +140,40 @@ def solve(
     )
     report(error_bound, atol, on_failure, f"graphdiff.solve, {method}, {stopped}", solution)
     return solution
+
+
+def _solve_restarting(
+    P: Transition, s: Tensor, mu: Tensor, initial: Tensor | None, **options: Any
+) -> Solution:
+    """The walk of each channel jumps from its open ends to the channel itself, so channels become a batch."""
+    checks.nonnegative(s, "s")
+    signal = s.unsqueeze(-1) if s.ndim == 1 else s
+    mass = signal.sum(-2, keepdim=True)
+    if bool((mass == 0).any()):
+        raise ValueError(
+            's: expected a positive sum in every channel, got 0; with dangling="restart" walks jump to s'
+        )
+
+    def apart(x: Tensor) -> Tensor:
+        return x.mT.unsqueeze(-1)
+
+    bound = P.restarting_at((signal / mass).mT)
+    guess = None if initial is None else apart(initial)
+    solution = solve(bound, apart(signal), apart(mu), initial=guess, **options)
+
+    def as_given(x: Tensor) -> Tensor:
+        return x.squeeze(-1) if s.ndim == 1 else x
+
+    return replace(
+        solution,
+        value=as_given(solution.value.squeeze(-1).mT),
+        lower=as_given(solution.lower.squeeze(-1).mT),
+        upper=as_given(solution.upper.squeeze(-1).mT),
+        error_bound=as_given(solution.error_bound.squeeze(-1)),
+        converged=as_given(solution.converged.squeeze(-1)),
+        steps=as_given(solution.steps.squeeze(-1)),
+        matvecs=as_given(solution.matvecs.squeeze(-1)),
+    )
 
 
 def diffuse(

@@ -35,7 +35,7 @@ FLOORS = {
             "solvers.auto",
             "solvers",
         ],
-        ["implicit"],
+        ["estimate", "implicit"],
         ["diffusion"],
         ["ranking"],
         ["nn.embedding", "nn.seed", "nn.cascade", "nn.diffusion", "nn"],

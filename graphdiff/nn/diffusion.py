@@ -200,7 +200,8 @@ def _diffuse_attention_backward(
     call = Call(P, method, tol, None, "warn", method.prepare(P, m.to(P.dtype)))
     # y* solves for b = (1 − µ)s, which hands its gradient on to s and to µ.
     g_rhs, g_mu, (g_psi,) = gradients(call, m, y.to(wide), g, (True, True))
-    assert g_mu is not None and g_psi is not None  # both were wanted
+    assert g_mu is not None
+    assert g_psi is not None
     g_s = ((1 - m) * g_rhs).sum_to_size(s.shape)
     return g_psi, g_s.to(s.dtype), (g_mu.sum() - (g_rhs * s).sum()).to(mu.dtype).reshape(mu.shape)
 
