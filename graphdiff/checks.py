@@ -30,6 +30,13 @@ def floating(x: object, name: str) -> Tensor:
     return x
 
 
+def floating_dtype(dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype:
+    """`dtype` if it is one of real floating-point numbers, `default` if it is None."""
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"dtype: expected a real floating-point dtype such as torch.float32, got {dtype}")
+    return dtype or default
+
+
 def same_dtype(x: Tensor, name: str, dtype: torch.dtype, owner: str) -> None:
     """`x` has the dtype of `owner`."""
     if x.dtype != dtype:

@@ -79,8 +79,9 @@ class FunctionTransition(Transition):
         floats = [x for x in tensors if x.is_floating_point()]
         if floats and (dtype is not None or device is not None):
             raise ValueError("dtype, device: those of the tensors hold; convert these, or use .to(...)")
-        marker = floats[0].detach().new_empty(0) if floats else torch.empty(0, dtype=dtype, device=device)
-        checks.floating(marker, "dtype")
+        own = floats[0].dtype if floats else checks.floating_dtype(dtype, torch.get_default_dtype())
+        marker = torch.empty(0, dtype=own, device=floats[0].device if floats else device)
+        checks.floating(marker, "tensors")
         for i, tensor in enumerate(tensors):
             checks.same_device(tensor, f"tensors[{i}]", marker.device, "the operator")
             if tensor.is_floating_point():

@@ -160,7 +160,8 @@ class SparseTransition(Transition):
             )
         edges = edge_index.shape[1]
         if weight is None:
-            weight = torch.ones(edges, dtype=dtype or torch.get_default_dtype(), device=edge_index.device)
+            ones = checks.floating_dtype(dtype, torch.get_default_dtype())
+            weight = torch.ones(edges, dtype=ones, device=edge_index.device)
         checks.shaped(checks.floating(weight, "weight"), "weight", [edges], "one weight per edge")
         checks.same_device(weight, "weight", edge_index.device, "edge_index")
         if num_nodes is None:
@@ -183,7 +184,7 @@ class SparseTransition(Transition):
             name="weight",
             dangling=dangling,
             reversible=reversible,
-            dtype=dtype or weight.dtype,
+            dtype=checks.floating_dtype(dtype, weight.dtype),
         )
 
     @classmethod
@@ -224,8 +225,7 @@ class SparseTransition(Transition):
         coo = A.tocoo()
         # Numbers that torch does not have (long double, unsigned, other byte orders) are widened on the way.
         weight = torch.tensor(coo.data.astype("f4" if A.dtype == "f4" else "f8"), device=device)
-        if dtype is None and A.dtype.kind != "f":
-            dtype = torch.get_default_dtype()
+        own = weight.dtype if A.dtype.kind == "f" else torch.get_default_dtype()
         source, target = (torch.tensor(x.astype("i8"), device=device) for x in (coo.row, coo.col))
         return _walk(
             source,
@@ -235,7 +235,7 @@ class SparseTransition(Transition):
             name="A",
             dangling=dangling,
             reversible=reversible,
-            dtype=dtype or weight.dtype,
+            dtype=checks.floating_dtype(dtype, own),
         )
 
     @classmethod
@@ -296,7 +296,7 @@ class SparseTransition(Transition):
             undirected=not G.is_directed(),
             dangling=dangling,
             reversible=reversible,
-            dtype=dtype or torch.get_default_dtype(),
+            dtype=checks.floating_dtype(dtype, torch.get_default_dtype()),
         )
 
     @classmethod
@@ -347,7 +347,7 @@ class SparseTransition(Transition):
             name="A",
             dangling=dangling,
             reversible=reversible,
-            dtype=dtype or weight.dtype,
+            dtype=checks.floating_dtype(dtype, weight.dtype),
         )
 
     @property
