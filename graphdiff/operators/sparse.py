@@ -661,10 +661,8 @@ def _walk(
     values = (scaled / degree.masked_fill(degree == 0, 1.0)[source]).to(dtype)
 
     jumps = len(stuck) > 0 and not stays
-    if reversible is None:
-        reversible = not jumps and _symmetric(key, target * nodes + source, given)
     log_degree: Tensor | None = None
-    if reversible and not jumps:
+    if not jumps and (_symmetric(key, target * nodes + source, given) if reversible is None else reversible):
         log_degree = degree.detach().log() + largest.log()
         # A node on its own may have any degree; the largest of the others hides none of them.
         others = log_degree.isfinite()

@@ -70,6 +70,9 @@ def test_reversible_is_found_declared_or_denied():
     assert from_edges(path, symmetric + torch.tensor([0.0, 1e-6, 0.0, 0.0]), reversible=True).reversible
     assert not from_edges(path, symmetric, reversible=False).reversible
     assert not from_edges(path[:, :2], undirected=True, reversible=False).reversible
+    # Declared by undirected, even where the sums .2 + .3 + .1 and .1 + .2 + .3 round differently.
+    thrice = torch.tensor([[0, 0, 1], [1, 1, 0]])
+    assert from_edges(thrice, torch.tensor([0.2, 0.3, 0.1], dtype=torch.float64), undirected=True).reversible
     # Found on the sums: 0 → 1 in two halves; and an edge of weight 0 is none.
     halves = torch.tensor([[0, 0, 1, 2], [1, 1, 0, 0]])
     assert from_edges(halves, torch.tensor([1.0, 1.0, 2.0, 0.0])).reversible
@@ -514,6 +517,9 @@ def test_functions_without_tensors_take_dtype_and_device():
         lambda y: y.roll(1, -2), 3, rmatmul=lambda v: v.roll(-1, -2), dtype=torch.float64
     )
     torch.testing.assert_close(Q.T.dense(), Q.dense().T)
+    # Written out, the transpose is taken as written.
+    wrong = gd.FunctionTransition(lambda y: y, 2, rmatmul=lambda v: 3 * v)
+    assert torch.equal(wrong.T @ torch.ones(2), torch.full((2,), 3.0))
     assert gd.solve(Q.T, torch.tensor([1.0, 0.0, 0.0]).double(), 0.9).converged
     facts = {"log_degree": torch.zeros(2), "positive_semidefinite": True}
     assert "reversible, positive semidefinite" in repr(gd.FunctionTransition(lambda y: y, 2, **facts))
@@ -522,6 +528,7 @@ def test_functions_without_tensors_take_dtype_and_device():
 def test_a_function_of_rounded_rows_is_certified_as_it_is():
     D = torch.softmax(randn(40, 40, dtype=torch.float32), -1)
     P = gd.FunctionTransition(lambda y, D: D @ y, 40, tensors=[D])
+    torch.testing.assert_close(P.row_sums, D.double().sum(-1, keepdim=True), rtol=1e-14, atol=0)
     s = torch.ones(40)
     sol = gd.solve(P, s, 0.999, tol=1e-4)
     exact = 0.001 * torch.linalg.solve(torch.eye(40).double() - 0.999 * D.double(), s.double())
