@@ -3,11 +3,11 @@
 Everything rests on one fact (theory: the inverse of I − MP is ≥ 0). For row-stochastic P,
 (I − MP) 1 = 1 − µ·rowsum, so with the residual r = b − (I − MP) x and q = r / (1 − µ·rowsum)
 
-    min q ≤ x*_i − x_i ≤ max q                           for every node i, in each channel,
+    min q ≤ x*_i − x_i ≤ max q                           for every node i, in each channel;
 
-and x + (min q + max q)/2 is off by (max q − min q)/2 at most. For the transpose
-‖x* − x‖₁ ≤ ‖r‖₁ / (1 − max µ·rowsum), and x* − x lies between minus the sum of r's negative part and the
-sum of its positive part, each divided by the same number.
+for its transpose ‖x* − x‖₁ ≤ ‖r‖₁ / (1 − max µ·rowsum), and x* − x lies between minus the sum of r's
+negative part and the sum of its positive part, each divided by the same number. (Moving x to the middle of
+the interval would halve the bound, and make the error itself larger wherever the bound is loose.)
 """
 
 from abc import ABC, abstractmethod
@@ -142,9 +142,8 @@ def inner(weights: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 
 def residual_bound(operator: Transition, mu: Tensor, residual: Tensor) -> Tensor:
-    """‖x* − x‖ ≤ this once x is put in the middle of its interval, but for rounding; [..., 1, K]."""
-    low, high = _residual_interval(operator, mu, residual)
-    return (high - low) / 2 if norm_of(operator) == "inf" else high - low
+    """‖x* − x‖ ≤ this, were there no rounding; [..., 1, K]."""
+    return _interval_norm(*_residual_interval(operator, mu, residual), norm_of(operator))
 
 
 def _residual_interval(operator: Transition, mu: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,6 +156,10 @@ def _residual_interval(operator: Transition, mu: Tensor, residual: Tensor) -> tu
         residual.clamp(max=0).sum(-2, keepdim=True) / remaining,
         residual.clamp(min=0).sum(-2, keepdim=True) / remaining,
     )
+
+
+def _interval_norm(low: Tensor, high: Tensor, norm: Norm) -> Tensor:
+    return torch.maximum(low.abs(), high.abs()) if norm == "inf" else high - low
 
 
 def remaining_of(operator: Transition, mu: Tensor) -> Tensor:
@@ -268,7 +271,7 @@ class _Best:
         self.x, self.residual = torch.zeros_like(rhs), rhs
         low, high = _residual_interval(operator, mu, rhs)
         self.lower, self.upper = low.expand_as(rhs), high.expand_as(rhs)
-        self.bound = high - low if self.norm == "one" else torch.maximum(low.abs(), high.abs())
+        self.bound = _interval_norm(low, high, self.norm)
         self.matvecs = torch.zeros(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
         self.precise = {operator.dtype: operator}
 
@@ -278,13 +281,13 @@ class _Best:
             return
         self.matvecs = self.matvecs + asked.squeeze(-2)
         operator = self.precise.setdefault(precision, self.operator.to(precision))
-        x, low, high, residual = _evidence(operator, self.mu, self.rhs, candidate)
+        low, high, residual = _evidence(operator, self.mu, self.rhs, candidate)
         # Every answer's interval holds, whether or not it is the best.
-        self.lower = torch.where(asked, torch.maximum(self.lower, x + low), self.lower)
-        self.upper = torch.where(asked, torch.minimum(self.upper, x + high), self.upper)
-        bound = high - low if self.norm == "one" else torch.maximum(low.abs(), high.abs())
+        self.lower = torch.where(asked, torch.maximum(self.lower, candidate + low), self.lower)
+        self.upper = torch.where(asked, torch.minimum(self.upper, candidate + high), self.upper)
+        bound = _interval_norm(low, high, self.norm)
         better = asked & (bound < self.bound)
-        self.x = torch.where(better, x, self.x)
+        self.x = torch.where(better, candidate, self.x)
         self.residual = torch.where(better, residual, self.residual)
         self.bound = torch.where(better, bound, self.bound)
 
@@ -301,26 +304,18 @@ def _slack(operator: Transition, mu: Tensor, x_size: Tensor, rhs: Tensor, dtype:
     return slack / remaining_of(operator, mu).amin(-2, keepdim=True)
 
 
-def _evidence(
-    operator: Transition, mu: Tensor, rhs: Tensor, x: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A shifted x, bounds of x* − x with all rounding counted, and its residual, in the dtype of `rhs`.
+def _evidence(operator: Transition, mu: Tensor, rhs: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bounds of x* − x with all rounding counted, [..., 1, K] each, and the residual, in the dtype of `rhs`.
 
     The product and the residual are computed in the operator's dtype.
     """
     norm, dtype, nodes = norm_of(operator), operator.dtype, rhs.shape[-2]
     walked = operator.matmul(x.to(dtype))
     residual = (rhs.to(dtype) - (x.to(dtype) - mu.to(dtype) * walked)).to(rhs.dtype)
-    x_size, eps = size(x, norm), torch.finfo(rhs.dtype).eps
-    remaining = remaining_of(operator, mu)
     low, high = _residual_interval(operator, mu, residual)
+    extra = _slack(operator, mu, size(x, norm), rhs, dtype)
     # The quotients by 1 − µ are computed too, and in the 1-norm sums of N terms.
-    extra = _slack(operator, mu, x_size, rhs, dtype)
-    wide = 8 + (nodes if norm == "one" else 0)
-    extra = extra + wide * eps / remaining.amin(-2, keepdim=True) * torch.maximum(low.abs(), high.abs())
-    if norm == "inf":
-        middle = (low + high) / 2
-        x, residual = x + middle, residual - middle * remaining
-        low, high = low - middle, high - middle
-        extra = extra + eps * x_size
-    return x, low - extra, high + extra, residual
+    terms = 8 + (nodes if norm == "one" else 0)
+    remaining = remaining_of(operator, mu).amin(-2, keepdim=True)
+    extra = extra + terms * torch.finfo(rhs.dtype).eps / remaining * _interval_norm(low, high, norm)
+    return low - extra, high + extra, residual

@@ -75,14 +75,17 @@ class CG(Solver):
             weight = torch.where(mu == 0, 0.0, weight / mu.to(wide))
         residual = rhs - (y - mu * operator.matmul(y))
         if mu.shape[-2] == 1:
-            # The slowest mode is known: 1, or d for the transpose. A signal has none of it in its error, but
-            # another first guess may have; taking it out costs no product.
+            # The slowest mode is known: 1, or d for the transpose. The error of a signal has none of it, but
+            # that of another first guess may; taking it out costs no product.
             mode = (log_weight.amin(-2, keepdim=True) - log_weight).to(wide).exp()
             if operator.stochastic == "rows":
                 mode = torch.ones_like(mode)
-            share = inner(weight, residual, mode) / inner(weight, mode, mode)
-            residual = residual - (share * mode).to(rhs.dtype)
-            y = y + (share * mode / (1 - mu)).to(rhs.dtype)
+            share, length = inner(weight, residual, mode), inner(weight, mode, mode)
+            # No more than rounding is none: nodes that a signal does not reach stay at exactly 0.
+            large = share.abs() > 1e-6 * (length * inner(weight, residual, residual)).sqrt()
+            part = torch.where(large, share / length, 0.0) * mode
+            residual = residual - part.to(rhs.dtype)
+            y = y + (part / (1 - mu)).to(rhs.dtype)
 
         square = inner(weight, residual, residual)
         bound = residual_bound(operator, mu, residual)
