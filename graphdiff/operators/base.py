@@ -80,6 +80,10 @@ class Transition(ABC):
         """
         return (self.shape[-1] + 4) * torch.finfo(dtype).eps
 
+    def transposed_rounding(self, dtype: torch.dtype) -> Tensor | float:
+        """The same of Pᵀ v, in the 1-norm."""
+        return self.rounding(dtype)
+
     @property
     def T(self) -> "Transition":
         """The transpose, which conserves mass: columns sum to 1."""
@@ -261,7 +265,11 @@ class TransposedTransition(Transition):
         return self.original.row_sums
 
     def rounding(self, dtype: torch.dtype) -> Tensor | float:
-        """As the original's, in the 1-norm."""
+        """Of the original's transposed product."""
+        return self.original.transposed_rounding(dtype)
+
+    def transposed_rounding(self, dtype: torch.dtype) -> Tensor | float:
+        """Of the original's product."""
         return self.original.rounding(dtype)
 
     def matmul(self, y: Tensor) -> Tensor:

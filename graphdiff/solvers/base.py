@@ -270,6 +270,8 @@ class _Best:
         self.operator, self.mu, self.rhs, self.norm = operator, mu, rhs, norm_of(operator)
         self.x, self.residual = torch.zeros_like(rhs), rhs
         low, high = _residual_interval(operator, mu, rhs)
+        extra = _arithmetic(operator, mu, rhs, low, high)
+        low, high = low - extra, high + extra
         self.lower, self.upper = low.expand_as(rhs), high.expand_as(rhs)
         self.bound = _interval_norm(low, high, self.norm)
         self.matvecs = torch.zeros(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
@@ -309,13 +311,18 @@ def _evidence(operator: Transition, mu: Tensor, rhs: Tensor, x: Tensor) -> tuple
 
     The product and the residual are computed in the operator's dtype.
     """
-    norm, dtype, nodes = norm_of(operator), operator.dtype, rhs.shape[-2]
+    dtype = operator.dtype
     walked = operator.matmul(x.to(dtype))
     residual = (rhs.to(dtype) - (x.to(dtype) - mu.to(dtype) * walked)).to(rhs.dtype)
     low, high = _residual_interval(operator, mu, residual)
-    extra = _slack(operator, mu, size(x, norm), rhs, dtype)
-    # The quotients by 1 − µ are computed too, and in the 1-norm sums of N terms.
-    terms = 8 + (nodes if norm == "one" else 0)
-    remaining = remaining_of(operator, mu).amin(-2, keepdim=True)
-    extra = extra + terms * torch.finfo(rhs.dtype).eps / remaining * _interval_norm(low, high, norm)
+    extra = _slack(operator, mu, size(x, norm_of(operator)), rhs, dtype)
+    extra = extra + _arithmetic(operator, mu, rhs, low, high)
     return low - extra, high + extra, residual
+
+
+def _arithmetic(operator: Transition, mu: Tensor, rhs: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """What rounding of the bounds themselves can hide: quotients by 1 − µ, in the 1-norm sums of N terms."""
+    norm = norm_of(operator)
+    terms = 8 + (rhs.shape[-2] if norm == "one" else 0)
+    remaining = remaining_of(operator, mu).amin(-2, keepdim=True)
+    return terms * torch.finfo(rhs.dtype).eps / remaining * _interval_norm(low, high, norm)

@@ -1,14 +1,16 @@
 """y = (1 − µ)(I − µP)⁻¹ s: the promise, the certificate, and what theory says of y (theory 1-5)."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import graphdiff as gd
-from tests.graphdiff.zoo import OPERATORS, SOLVERS, Problem, applies, oracle, problems
+from tests.graphdiff.zoo import OPERATORS, SOLVERS, Problem, applies, oracle, problems, to_the_last_digit
 
 solvers = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 
@@ -52,6 +54,61 @@ def test_true_error_is_within_the_bound_and_the_bound_within_tol(solver, problem
 @given(problem=problems(), transposed=st.booleans())
 def test_float32_keeps_the_same_promise(solver, problem, transposed):
     check_promise(problem, solver, transposed, torch.float32)
+
+
+def random_instances(name, dtype, transposed, g):
+    """Graphs in a batch, or one after another, with several signals and µ between 0 and .99."""
+    kind, n = OPERATORS[name], int(torch.randint(1, 13, (), generator=g))
+    graphs = [kind.leaf(g, (4,), n)] if kind.batched else [kind.leaf(g, (), n) for _ in range(2)]
+    for leaf in graphs:
+        P = kind.build(leaf).to(dtype)
+        s = torch.randn(*(P.shape[:-2] or (2,)), n, 3, generator=g, dtype=torch.float64)
+        mu = 1 - 10.0 ** (-2 * torch.rand(1, 3, generator=g, dtype=torch.float64))
+        yield (P.T if transposed else P), (s * 10.0 ** torch.randint(-3, 4, (3,), generator=g)).to(dtype), mu
+
+
+def test_thousands_of_random_problems_keep_the_promise():
+    """Operators × solvers × precisions × both directions; no certificate is below the true error."""
+    g, count = torch.Generator().manual_seed(3), 0
+    for name, solver, dtype, transposed in itertools.product(
+        OPERATORS, SOLVERS.values(), (torch.float32, torch.float64), (False, True)
+    ):
+        for P, s, mu in random_instances(name, dtype, transposed, g):
+            if not applies(solver, P):
+                continue
+            exact = oracle(P.to(torch.float64).dense(), s, mu)
+            tol = 1e-4 if dtype == torch.float32 else 1e-7
+            sol = gd.solve(P, s, mu, solver=solver, tol=tol)
+            size = norm(s.double(), transposed)
+            slip = 1e-12 * size / (1 - mu).amax(-2)
+            assert sol.converged.all(), (name, solver, dtype, transposed)
+            assert (sol.error_bound <= tol * size).all(), (name, solver, dtype, transposed)
+            error = norm(sol.value.double() - exact, transposed)
+            assert (error <= sol.error_bound + slip).all(), (name, solver, dtype, transposed)
+            count += error.numel()
+    assert count >= 2000
+
+
+@solvers
+@given(problem=problems(batches=((),), mus=(0.3, 0.85, 0.99)), transposed=st.booleans())
+def test_the_certificate_holds_to_the_last_digit(solver, problem, transposed):
+    """Where rounding is all that is left of the error, the bound still covers it."""
+    assume(applies(solver, problem.P))
+    if "attention" in problem.name:
+        psi = problem.leaf.numpy().astype(np.longdouble)
+        logits = np.longdouble(problem.P.scale) * psi @ psi.T
+        D = np.exp(logits - logits.max(-1, keepdims=True))
+        D = D / D.sum(-1, keepdims=True)
+    else:
+        D = problem.P.dense().numpy().astype(np.longdouble)
+    P, D = (problem.P.T, D.T) if transposed else (problem.P, D)
+    sol = gd.solve(P, problem.s, problem.mu, solver=solver, tol=1e-17, on_failure="ignore")
+    exact = to_the_last_digit(D, problem.s, problem.mu)
+    error = np.abs(sol.value.numpy() - exact)
+    error = error.sum(0) if transposed else error.max(0)
+    assert (error <= sol.error_bound.numpy()).all()
+    assert (sol.lower.numpy() <= exact).all()
+    assert (sol.upper.numpy() >= exact).all()
 
 
 @given(problem=problems(mus=(0.3, 0.9)), tol=st.sampled_from([1e-2, 1e-4, 1e-8]), transposed=st.booleans())
@@ -253,6 +310,89 @@ def test_max_steps_is_kept_and_reported():
     with pytest.raises(gd.ConvergenceError) as raised:
         gd.solve(P, s, 0.9, on_failure="raise", **arguments)
     assert torch.equal(raised.value.solution.value, sol.value)
+
+
+@solvers
+def test_nodes_that_a_signal_does_not_reach_stay_at_zero(solver):
+    """Else the largest class of an unlabelled component would be noise."""
+    W = torch.zeros(9, 9, dtype=torch.float64)
+    W[:5, :5] = torch.rand(5, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    W[5:, 5:] = 1
+    s = torch.zeros(9, 2, dtype=torch.float64)
+    s[0, 0] = s[1, 1] = 1
+    for P in (
+        gd.DenseTransition.from_affinity(W + W.T),
+        gd.SparseTransition.from_torch((W + W.T).to_sparse()),
+    ):
+        for Q in (P, P.T):
+            y = gd.diffuse(Q, s, 0.9, solver=solver)
+            assert (y[5:] == 0).all()
+            assert (y[:5] != 0).all()
+
+
+@solvers
+def test_the_same_input_gives_the_same_bits(solver):
+    problem = OPERATORS["sparse path"].leaf(torch.Generator().manual_seed(3), (), 50)
+    P = OPERATORS["sparse path"].build(problem)
+    s = torch.randn(50, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    together = gd.solve(P, s, 0.95, solver=solver)
+    for _ in range(3):
+        assert torch.equal(gd.solve(P, s, 0.95, solver=solver).value, together.value)
+    # Of a sparse walk no column depends on its neighbours either.
+    for k in range(4):
+        alone = gd.solve(P, s[:, k], 0.95, solver=solver)
+        assert torch.equal(alone.value, together.value[:, k])
+        assert torch.equal(alone.steps, together.steps[k])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [40, 70, 150])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_cg_where_degrees_differ_by_many_orders(dtype, spread, transposed):
+    g = torch.Generator().manual_seed(3)
+    psi = torch.randn(200, 8, generator=g, dtype=torch.float64)
+    psi = psi / psi.norm(dim=1, keepdim=True) * torch.linspace(1, spread, 200).double().sqrt()[:, None]
+    P = gd.AttentionTransition(psi.to(dtype))
+    assert P.log_degree.max() - P.log_degree.min() > 0.9 * spread - 8
+    s = torch.randn(200, 2, generator=g, dtype=torch.float64).to(dtype)
+    P = P.T if transposed else P
+    for mu in (0.85, 0.99):
+        exact = oracle(P.to(torch.float64).dense(), s, mu)
+        cg = gd.solve(P, s, mu, solver=gd.solvers.CG(), tol=1e-6)
+        other = gd.solve(P, s, mu, solver=gd.solvers.Chebyshev(), tol=1e-6)
+        assert cg.converged.all()
+        assert (norm(cg.value.double() - exact, transposed) <= cg.error_bound).all()
+        assert (cg.matvecs <= 2 * other.matvecs).all()
+
+
+def test_what_is_nearly_there_gets_there_by_walking():
+    """A solver that stops a little early costs a product or two, not another solve (theory 3)."""
+
+    class Hasty(gd.solvers.CG):
+        def solve(self, state, rhs, initial, target, max_steps):
+            return super().solve(state, rhs, initial, 3 * target, max_steps)
+
+    psi = torch.randn(300, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    P, s = gd.AttentionTransition(0.5 * psi), psi[:, :2] ** 3
+    hasty, patient = (gd.solve(P, s, 0.95, solver=solver, tol=1e-9) for solver in (Hasty(), gd.solvers.CG()))
+    assert hasty.converged.all()
+    assert (hasty.steps <= patient.steps).all()
+    assert (hasty.matvecs <= patient.matvecs + 3).all()
+
+
+def test_a_warm_start_saves_steps_of_krylov_methods_too():
+    psi = torch.randn(300, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    s = psi[:, :3] ** 3
+    before = gd.diffuse(gd.AttentionTransition(psi), s, 0.99, tol=1e-8)
+    P = gd.AttentionTransition(psi + 1e-6 * psi.flip(0))
+    for solver in (gd.solvers.CG(), gd.solvers.BiCGSTAB(), gd.solvers.Chebyshev()):
+        cold, warm = (
+            gd.solve(P, s, 0.99, tol=1e-8, solver=solver, initial=start) for start in (None, before)
+        )
+        assert (warm.matvecs < 0.95 * cold.matvecs).all()
+        # A constant added to the guess is the mode that CG takes out at once.
+        shifted = gd.solve(P, s, 0.99, tol=1e-8, solver=gd.solvers.CG(), initial=before + 5)
+        assert (shifted.matvecs <= cold.matvecs + 2).all()
 
 
 def test_a_warm_start_saves_steps():
