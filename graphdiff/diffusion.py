@@ -50,6 +50,9 @@ def solve(
         ValueError: A shape, device or value does not fit; the message names it.
         ConvergenceError: The promise is not kept under ``on_failure="raise"``.
 
+    Warns:
+        ConvergenceWarning: The promise is not kept, here or in the backward, under ``on_failure="warn"``.
+
     Example:
         >>> import torch, graphdiff as gd
         >>> P = gd.DenseTransition.from_affinity(torch.ones(2, 2, dtype=torch.float64))

@@ -31,7 +31,8 @@ def pagerank(
     nodes has a mass wrong by more than that.
 
     Args:
-        P: The walk, [..., N, N], not its transpose: ``P[i, j]`` is the probability of the step i → j.
+        P: The walk, [..., N, N], not its transpose: ``P[i, j]`` is the probability of the step i → j. With
+            ``dangling="restart"`` it goes from nodes without an edge out to where it restarts.
         personalization: Where it restarts: weights ≥ 0, [N] or [..., N, K] for K rankings at once, dtype and
             device of P. Every channel is divided by its sum. Uniform if None.
         mu: Probability to go on, in [0, 1): a number, a 0-d tensor, or [..., 1, K] per ranking.

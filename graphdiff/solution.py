@@ -25,7 +25,8 @@ class Solution:
     """An answer y ≈ y* = (1 − µ)(I − µP)⁻¹ s with its certificate.
 
     Only `value` carries gradients. All bounds hold for the exact P and µ of the given input values, and
-    count the rounding of the arithmetic that computed them.
+    count the rounding of the arithmetic that computed them. In half precision they hold for y before its
+    last cast.
 
     Attributes:
         value: y, shape [..., N, K] (or [N], as s was), dtype of s.

@@ -23,7 +23,8 @@ class Diffusion(nn.Module):
     Its walk is softmax(ψψᵀ) with the embeddings of all features side by side in ψ: a product of kernels, so
     reversible and positive semi-definite as each of them. It takes and returns what `CascadedWalk` does;
     exact against cascaded is one module for another. Memory does not depend on how many products a solve
-    takes.
+    takes. On features it compiles with ``torch.compile(layer, fullgraph=True)``, then with the library's own
+    solvers and first derivatives alone.
 
     Args:
         feature_channels: Channels C_t of the T features; None where the walk is given ready.

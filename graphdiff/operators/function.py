@@ -16,7 +16,8 @@ class FunctionTransition(Transition):
     """Any walk with a product: ``matmul(y, *tensors)`` is P y.
 
     The rows of P sum to 1, which is checked by a product with ones. Its entries must be ≥ 0 too, which
-    products cannot show: where one is negative, no answer of `solve` is certain.
+    products cannot show: where one is negative, no answer of `solve` is certain. Certificates take a product
+    to be rounded as a sum of N terms is.
 
     Args:
         matmul: P y for y [..., N, K], in y's dtype: certificates multiply in float64, with `tensors`

@@ -12,7 +12,7 @@ from graphdiff.solvers.walk import Walk
 
 @dataclass(frozen=True)
 class BiCGSTAB(Solver):
-    """A Krylov method for directed walks: two products a step, usually far fewer than walking.
+    """A Krylov method for directed walks: two products a step, and in all usually far fewer than walking.
 
     Its residuals do not fall steadily and no theory bounds their number. Where it breaks down or has used
     the products that walking would have needed, walking goes on from the best answer so far, and that

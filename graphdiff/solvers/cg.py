@@ -39,7 +39,8 @@ class CG(Solver):
 
     For reversible walks and their transposes. One product a step; at most the steps of `Chebyshev`, and
     far fewer where few eigenvalues lie near 1. Only ratios of degrees matter, and inner products are
-    summed in float64, so degrees may differ by many orders of magnitude.
+    summed in float64, so degrees may differ by many orders of magnitude. Where they differ so much that the
+    smallest do not count, or rounding stops it, `Chebyshev` goes on.
 
     Raises:
         ValueError: The walk is not known to be reversible.

@@ -13,8 +13,8 @@ from graphdiff.solvers.base import Iterate, Problem, Solver, residual_bound, ste
 class Walk(Solver):
     """Plain walking: one product a step, for any transition and any µ.
 
-    The error shrinks by µ a step at least, and by µ·max(|λ₂|, |λ_N|) where the walk is reversible and
-    starts at s, so the number of steps is known to be finite before the first: see `solve`.
+    A step leaves at most µ of the error, so the first residual tells how many steps can help: see `solve`.
+    Where the walk is reversible, µ one number and the start s, it leaves µ·max(|λ₂|, |λ_N|).
 
     Example:
         >>> import torch, graphdiff as gd
