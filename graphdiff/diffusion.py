@@ -119,9 +119,10 @@ def solve(
     value = answer.x.to(operator.dtype)
     error_bound = answer.error_bound + size(value.detach().to(wide) - answer.x.detach(), norm)
     converged = error_bound <= atol
+    stopped_early = max_steps is not None and int(answer.steps.max()) >= max_steps
     if bool(converged.all()):
         stopped = "reached the tolerance"
-    elif max_steps is not None and int(answer.steps.max()) >= max_steps:
+    elif stopped_early:
         stopped = f"stopped at max_steps = {max_steps}"
     else:
         stopped = f"rounding in {str(operator.dtype).removeprefix('torch.')} allows no more"
@@ -141,7 +142,7 @@ def solve(
         solver=str(method),
         reason=f"{why}; {stopped}",
     )
-    report(error_bound, atol, on_failure, f"graphdiff.solve, {method}, {stopped}", solution)
+    report(error_bound, atol, call, f"graphdiff.solve, {method}, {stopped}", stopped_early, solution)
     return solution
 
 

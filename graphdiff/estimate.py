@@ -50,7 +50,8 @@ def estimate(P: Transition, mu: float | Tensor, tol: float | None = None) -> Est
 
     Args:
         P: Any transition, [..., N, N]; a transpose has the eigenvalues of the original.
-        mu: µ in [0, 1), a number or tensor; the largest counts.
+        mu: µ in [0, 1), a number or tensor; the largest counts. With one for each node λ₂ is of no help, and
+            the counts are those that µ alone allows.
         tol: As in `solve`: 1e-10 in float64, else 1e-5, if None.
 
     Returns:
@@ -94,10 +95,15 @@ def estimate(P: Transition, mu: float | Tensor, tol: float | None = None) -> Est
         slowest = float(rate.max().clamp(1e-300, 1 - 1e-16))
         return 2 + math.ceil(math.log(target) / math.log(slowest))
 
-    walked = products(largest * torch.maximum(high.abs(), low.abs()))
-    counts = {"Walk": walked}
+    if isinstance(mu, Tensor) and mu.ndim > 1 and mu.shape[-2] > 1:
+        # With a µ for each node the constants are no eigenvector of MP, and λ₂ of P alone says nothing.
+        walk, low_end, high_end = torch.tensor(largest), -torch.ones_like(low), torch.ones_like(high)
+        low_end = torch.zeros_like(low) if P.positive_semidefinite else low_end
+    else:
+        walk, low_end, high_end = largest * torch.maximum(high.abs(), low.abs()), low, high
+    counts = {"Walk": products(walk)}
     if P.reversible:
-        counts["CG"] = products(_krylov_rate((1 - largest * low) / (1 - largest * high)))
+        counts["CG"] = products(_krylov_rate((1 - largest * low_end) / (1 - largest * high_end)))
         top = 1.0 if P.positive_semidefinite else 1 + largest
         counts["Chebyshev"] = products(_krylov_rate(torch.tensor(top / (1 - largest))))
     return Estimate(high, low, uncertainty, counts, used)

@@ -8,6 +8,7 @@ For a cotangent g of x, with λ = (I − MP)⁻ᵀ g:
 So the backward is the same operation on Pᵀ, differentiable again, and holds no graph of the steps.
 """
 
+import sys
 import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -85,8 +86,9 @@ def gradients(
     atol = call.tol * size(g.detach(), norm_of(adjoint.operator)) / remaining
     b = mu * g
     v = implicit_solve(adjoint, b, mu, initial=(b / (1 - mu)).detach(), atol=atol.detach())
-    report(v.error_bound, atol, call.on_failure, "graphdiff, gradient of a solve")
-    g_rhs = g + adjoint.operator.to(g.dtype).matmul(v.x)
+    stopped_early = call.max_steps is not None and int(v.steps.max()) >= call.max_steps
+    report(v.error_bound, atol, call, "graphdiff, gradient of a solve", stopped_early)
+    g_rhs = g + _product(adjoint.operator, v.x, call.tol)
 
     g_mu: Tensor | None = None
     g_tensors: tuple[Tensor | None, ...] = ()
@@ -101,19 +103,50 @@ def gradients(
     return g_rhs, g_mu, g_tensors
 
 
+def _product(operator: Transition, v: Tensor, tol: float) -> Tensor:
+    """P v in the dtype of v; computed in the operator's where its rounding is well below tol."""
+    if operator.dtype == v.dtype:
+        return operator.matmul(v)
+    enough = torch.as_tensor(4 * operator.rounding(operator.dtype) <= tol, device=v.device)
+    if not bool(enough.any()):
+        return operator.to(v.dtype).matmul(v)
+    narrow = operator.matmul(v.to(operator.dtype)).to(v.dtype)
+    # Graph by graph, so that batch mates do not change a bit.
+    return narrow if bool(enough.all()) else torch.where(enough, narrow, operator.to(v.dtype).matmul(v))
+
+
 def report(
-    error_bound: Tensor, atol: Tensor, on_failure: OnFailure, what: str, solution: Solution | None = None
+    error_bound: Tensor,
+    atol: Tensor,
+    call: Call,
+    what: str,
+    stopped_early: bool = False,
+    solution: Solution | None = None,
 ) -> None:
     """Warn or raise where a bound missed its target."""
     missed = ~(error_bound <= atol)
-    if on_failure == "ignore" or not bool(missed.any()):
+    if call.on_failure == "ignore" or not bool(missed.any()):
         return
     worst = int(torch.where(missed, error_bound / atol, 0.0).nan_to_num(torch.inf).argmax())
+    if stopped_early:
+        advice = "raise max_steps or loosen tol"
+    elif call.operator.dtype == error_bound.dtype:
+        advice = "loosen tol"
+    else:
+        advice = "loosen tol or use float64"
     message = (
         f"{what}: the error is known to be at most {float(error_bound.flatten()[worst]):.2e} where "
         f"{float(atol.flatten()[worst]):.2e} was asked for ({int(missed.sum())} of {missed.numel()} "
-        "right-hand sides); raise max_steps, loosen tol, or use float64"
+        f"right-hand sides); {advice}"
     )
-    if on_failure == "raise":
+    if call.on_failure == "raise":
         raise ConvergenceError(message, solution)
-    warnings.warn(message, ConvergenceWarning, stacklevel=4)
+    warnings.warn(message, ConvergenceWarning, stacklevel=_level_of_caller())
+
+
+def _level_of_caller() -> int:
+    """How many frames above the caller of this function the code lies that called the library."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("graphdiff"):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -112,12 +112,12 @@ class AttentionTransition(Transition):
     def rounding(self, dtype: torch.dtype) -> Tensor | float:
         """Of the sum, and of the logits, whose absolute error is a relative one of P's entries."""
         logits = (self.psi.shape[-1] + 2) * torch.finfo(dtype).eps * self._largest_logit(dtype)
-        return super().rounding(dtype) + logits
+        return self.sum_rounding(dtype) + logits
 
     def transposed_rounding(self, dtype: torch.dtype) -> Tensor | float:
         """Besides, of the log-sum-exp of each row, which is one more term of as large logits."""
         largest = 2 * self._largest_logit(dtype) + math.log(self.shape[-1])
-        return super().rounding(dtype) + (self.psi.shape[-1] + 3) * torch.finfo(dtype).eps * largest
+        return self.sum_rounding(dtype) + (self.psi.shape[-1] + 3) * torch.finfo(dtype).eps * largest
 
     def _largest_logit(self, dtype: torch.dtype) -> Tensor:
         squares = self.psi.detach().to(dtype).square().sum(-1, keepdim=True)

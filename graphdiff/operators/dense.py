@@ -104,6 +104,10 @@ class DenseTransition(Transition):
         wide = torch.float32 if self.P.device.type == "mps" else torch.float64
         return self.P.detach().sum(-1, keepdim=True, dtype=wide)
 
+    def rounding(self, dtype: torch.dtype) -> float:
+        """Of the sums: the entries are what they are."""
+        return self.sum_rounding(dtype)
+
     def matmul(self, y: Tensor) -> Tensor:
         """P y."""
         return self._product(self._in_lines(), y)

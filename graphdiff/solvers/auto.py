@@ -17,9 +17,9 @@ from graphdiff.solvers.walk import Walk
 SMALL = 256
 # Above this the matrix and its factors outgrow what a solve should take unasked (1 GB in float64).
 LARGEST_DENSE = 8192
-# What walking is watched for, and the rate a step above which BiCGSTAB needs fewer products.
-WATCHED_STEPS = 8
-SLOW = 0.7
+# How many walks are watched at a time, and the rate a step above which BiCGSTAB needs fewer products.
+WATCHED_STEPS = 4
+SLOW = 0.5
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _products(operator: Transition, mu: Tensor, tol: float) -> int:
 
 @dataclass(frozen=True)
 class WatchedWalk(Solver):
-    """Walks, and hands over to BiCGSTAB each right-hand side that shrinks by less than `SLOW` a step."""
+    """Walks, and hands over to BiCGSTAB what shrinks by a factor above `SLOW` a step."""
 
     def prepare(self, operator: Transition, mu: Tensor) -> Problem:
         """Nothing to do beforehand."""
@@ -78,20 +78,23 @@ class WatchedWalk(Solver):
     def solve(
         self, state: Problem, rhs: Tensor, initial: Tensor, target: Tensor, max_steps: Tensor | None
     ) -> Iterate:
-        """Walk, look, and go on with the faster of the two."""
+        """Walk and watch, and go on with BiCGSTAB where that is faster."""
         walk, norm = Walk(), norm_of(state.operator)
-        few = torch.full_like(target, WATCHED_STEPS // 2, dtype=torch.int64)
-        first = walk.solve(state, rhs, initial, target, few if max_steps is None else few.minimum(max_steps))
-        goes_on = (first.steps == few.squeeze(-2)).unsqueeze(-2)
-        budget = 2 * few if max_steps is None else (2 * few).minimum(max_steps)
-        second = carry_on(walk, state, rhs, first, goes_on, target, budget)
-        # What four walks make of the change of the four before is the rate to the fourth.
-        before, after = size(first.x - initial, norm), size(second.x - first.x, norm)
-        slow = after > SLOW ** (WATCHED_STEPS // 2) * before
-
-        goes_on = (second.steps == WATCHED_STEPS).unsqueeze(-2)
-        reached = carry_on(walk, state, rhs, second, goes_on & ~slow, target, max_steps)
-        return carry_on(BiCGSTAB(), state, rhs, reached, goes_on & slow, target, max_steps)
+        before = torch.full_like(size(rhs, norm), torch.inf)
+        reached = Iterate(initial, *(torch.zeros_like(before.squeeze(-2), dtype=torch.int64),) * 2)
+        walking = torch.ones_like(before, dtype=torch.bool)
+        slow, budget = torch.zeros_like(walking), 0
+        while bool(walking.any()):
+            budget += WATCHED_STEPS
+            limit = torch.full_like(target, budget, dtype=torch.int64)
+            limit = limit if max_steps is None else limit.minimum(max_steps)
+            further = carry_on(walk, state, rhs, reached, walking, target, limit)
+            # Consecutive changes differ by as many walks, so their ratio is the rate of that many.
+            change = size(further.x - reached.x, norm)
+            goes_on = walking & (further.steps == budget).unsqueeze(-2)
+            slow = slow | (goes_on & (change > SLOW**WATCHED_STEPS * before))
+            walking, before, reached = goes_on & ~slow, change, further
+        return carry_on(BiCGSTAB(), state, rhs, reached, slow, target, max_steps)
 
     def __str__(self) -> str:
         return "Walk() or BiCGSTAB()"

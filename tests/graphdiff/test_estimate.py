@@ -46,6 +46,17 @@ def test_the_products_are_about_what_a_solve_takes(mu, size):
     assert found.measured_with <= 64
 
 
+def test_with_a_mu_per_node_the_second_eigenvalue_does_not_help():
+    P = gd.DenseTransition.from_affinity(torch.ones(200, 200, dtype=torch.float64))
+    g = torch.Generator().manual_seed(3)
+    mu = 0.9 + 0.09 * torch.rand(200, 1, generator=g, dtype=torch.float64)
+    s = torch.randn(200, 1, generator=g, dtype=torch.float64)
+    assert gd.estimate(P, 0.99, 1e-6).products["Walk"] < 5
+    found = gd.estimate(P, mu, 1e-6).products
+    taken = int(gd.solve(P, s, mu, solver=gd.solvers.Walk(), tol=1e-6).matvecs)
+    assert 50 < taken <= found["Walk"]
+
+
 def test_large_graphs_take_a_bounded_number_of_products():
     P = gd.grid_transition(torch.zeros(1, 100, 100, dtype=torch.float64))
     found = gd.estimate(P, torch.tensor([[0.5, 0.999]]))
