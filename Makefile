@@ -37,7 +37,11 @@ docs: $(STAMP) ## build the documentation into build/docs, strictly
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m mkdocs build
 
-bench: $(STAMP) ## time the attention walk against the plain way (an otherwise idle machine)
+bench: $(STAMP) ## print the tables of docs/benchmarks.md (half an hour, idle machine; GRAPHS=folder of .npz graphs)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/certificates.py
+	$(if $(GRAPHS),$(BIN)/python benchmarks/labels.py --data $(GRAPHS))
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/attention.py
 
 clean: ## remove the virtual environment and what the tools left

@@ -9,7 +9,7 @@ With S = D^-1/2 A D^-1/2 both peers approach (1 − α)(I − αS)⁻¹s, the ex
 factor per node; the last column counts the nodes whose label is not that of this limit, of several draws in
 the worst.
 
-    python benchmarks/labels.py --data ../shared/data/graphs
+    python benchmarks/labels.py --data FOLDER
 
 needs the extra [bench]. scikit-learn takes the adjacency as its kernel, sparse, so nothing is restated here.
 """
