@@ -283,15 +283,26 @@ class _Best:
             return
         self.matvecs = self.matvecs + asked.squeeze(-2)
         operator = self.precise.setdefault(precision, self.operator.to(precision))
-        low, high, residual = _evidence(operator, self.mu, self.rhs, candidate)
-        # Every answer's interval holds, whether or not it is the best.
-        self.lower = torch.where(asked, torch.maximum(self.lower, candidate + low), self.lower)
-        self.upper = torch.where(asked, torch.minimum(self.upper, candidate + high), self.upper)
-        bound = _interval_norm(low, high, self.norm)
+        residual, low, high, extra = _evidence(operator, self.mu, self.rhs, candidate)
+        bound = _interval_norm(low - extra, high + extra, self.norm)
+        # Every answer's interval holds, whether or not it is the best; node by node it is narrower than the
+        # bound, because the error is e = r + MPe, and what lies between low and high is not e alone but Pe.
+        reach = self._reach(operator)
+        middle, spare = candidate + residual, (1 - reach) * extra
+        lower, upper = middle + reach * (low - extra) - spare, middle + reach * (high + extra) + spare
+        self.lower = torch.where(asked, torch.maximum(self.lower, lower), self.lower)
+        self.upper = torch.where(asked, torch.minimum(self.upper, upper), self.upper)
         better = asked & (bound < self.bound)
         self.x = torch.where(better, candidate, self.x)
         self.residual = torch.where(better, residual, self.residual)
         self.bound = torch.where(better, bound, self.bound)
+
+    def _reach(self, operator: Transition) -> Tensor:
+        """µ·rowsum, [..., 1 or N, 1 or K]: what of the bounds of e a walk passes on to each node."""
+        sums = operator.row_sums
+        if self.norm == "one" and isinstance(sums, Tensor):
+            sums = sums.amax(-2, keepdim=True)
+        return (self.mu * sums).to(self.rhs.dtype)
 
 
 def cast_error(x: Tensor, dtype: torch.dtype, norm: Norm) -> Tensor:
@@ -306,18 +317,19 @@ def _slack(operator: Transition, mu: Tensor, x_size: Tensor, rhs: Tensor, dtype:
     return slack / remaining_of(operator, mu).amin(-2, keepdim=True)
 
 
-def _evidence(operator: Transition, mu: Tensor, rhs: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Bounds of x* − x with all rounding counted, [..., 1, K] each, and the residual, in the dtype of `rhs`.
+def _evidence(
+    operator: Transition, mu: Tensor, rhs: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The residual of x, bounds of x* − x, and what rounding adds to them, in the dtype of `rhs`.
 
-    The product and the residual are computed in the operator's dtype.
+    The product and the residual are computed in the operator's dtype; bounds are [..., 1, K].
     """
     dtype = operator.dtype
     walked = operator.matmul(x.to(dtype))
     residual = (rhs.to(dtype) - (x.to(dtype) - mu.to(dtype) * walked)).to(rhs.dtype)
     low, high = _residual_interval(operator, mu, residual)
     extra = _slack(operator, mu, size(x, norm_of(operator)), rhs, dtype)
-    extra = extra + _arithmetic(operator, mu, rhs, low, high)
-    return low - extra, high + extra, residual
+    return residual, low, high, extra + _arithmetic(operator, mu, rhs, low, high)
 
 
 def _arithmetic(operator: Transition, mu: Tensor, rhs: Tensor, low: Tensor, high: Tensor) -> Tensor:

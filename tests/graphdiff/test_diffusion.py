@@ -353,6 +353,22 @@ def test_max_steps_is_kept_and_reported():
 
 
 @solvers
+def test_the_enclosure_is_narrower_than_the_bound_where_a_walk_moves_little(solver):
+    """Theory 3 with j = 1, which costs no product: e_i = r_i + µ_i (Pe)_i, Pe within the bounds of e."""
+    g = torch.Generator().manual_seed(3)
+    P = gd.AttentionTransition(torch.randn(40, 3, generator=g, dtype=torch.float64))
+    s = torch.randn(40, 2, generator=g, dtype=torch.float64)
+    mu = torch.linspace(0.05, 0.95, 40, dtype=torch.float64).unsqueeze(-1)
+    sol = gd.solve(P, s, mu, solver=solver, tol=1e-3)
+    width, exact = sol.upper - sol.lower, oracle(P.dense(), s, mu)
+    assert (sol.lower <= exact).all()
+    assert (exact <= sol.upper).all()
+    assert (width <= 2 * sol.error_bound * (1 + 1e-9)).all()
+    # What a factorisation leaves is rounding, which is alike everywhere.
+    assert (width[0] <= 0.2 * sol.error_bound).all() or sol.solver == "Direct()"
+
+
+@solvers
 def test_nodes_that_a_signal_does_not_reach_stay_at_zero(solver):
     """Else the largest class of an unlabelled component would be noise."""
     W = torch.zeros(9, 9, dtype=torch.float64)
