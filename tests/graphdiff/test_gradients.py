@@ -1,5 +1,9 @@
 """Gradients of a solve: theory 9, first and second order, over every operator and solver."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -141,3 +145,14 @@ def test_no_graph_of_the_steps_is_kept():
         return len(seen)
 
     assert nodes(0.1) == nodes(0.95)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_memory_of_a_solve_and_its_backward_does_not_grow_with_the_square_of_nodes():
+    """The benchmark in a process of its own: a peak is of a whole process."""
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "memory.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    nodes, grown, matrix = (int(cell) for cell in done.stdout.splitlines()[-1].strip("| ").split(" | "))
+    assert (nodes, matrix) == (20_000, 3200)
+    assert grown < 100
