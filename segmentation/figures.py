@@ -12,24 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from segmentation.data import VOID, SegmentationDataset
+from segmentation.data.labels import voc_palette
 from segmentation.data.transforms import evaluation_transform
 from segmentation.models import DifNet, SimDeepLab
 
 _VOID_COLOUR = (0.88, 0.88, 0.82)
-
-
-def class_colours(num_classes: int) -> NDArray[np.float64]:
-    """Pascal VOC's colour map, [num_classes, 3] in [0, 1].
-
-    The bits of a class number, three at a time, are the highest, next highest, ... bits of red, green and
-    blue.
-    """
-    numbers = np.arange(num_classes)[:, None]
-    colours = np.zeros((num_classes, 3), dtype=int)
-    for position in range(8):
-        bits = (numbers >> (3 * position + np.arange(3))) & 1
-        colours |= bits << (7 - position)
-    return colours / 255
 
 
 @torch.no_grad()
@@ -52,7 +39,7 @@ def panel(model: DifNet | SimDeepLab, dataset: SegmentationDataset, indices: lis
     model.train(was_training)
 
     titles = [title for title, _ in rows[0]]
-    colours = class_colours(len(dataset.classes))
+    colours = voc_palette()[: len(dataset.classes)] / 255
     drawn = {
         int(c) for row in rows for _, picture in row if picture.dtype == np.int64 for c in np.unique(picture)
     }

@@ -43,9 +43,9 @@ FLOORS = {
     ],
     "segmentation": [
         ["", "errors"],
-        ["data", "data.transforms", "data.shapes", "data.voc", "data.loader"],
+        ["data", "data.transforms", "data.shapes", "data.labels", "data.folder", "data.voc", "data.loader"],
         ["models.backbone", "models.heads", "models.deeplab", "models.difnet", "models"],
-        ["metrics"],
+        ["metrics", "boundary", "fragments"],
         ["config"],
         ["checkpoint", "rundir", "progress", "figures"],
         ["engine"],

@@ -17,6 +17,9 @@ class SegmentationDataset(Protocol):
     eval_size: int
     """Side in pixels to which smaller images are padded when scored."""
 
+    label_source: str
+    """Where the labels come from, for results."""
+
     def __len__(self) -> int:
         """Number of images in the split."""
 

@@ -39,6 +39,7 @@ class ShapesDataset:
     """
 
     classes: tuple[str, ...] = ("ground", "disc", "ring", "bar", "cross", "snake")
+    label_source = "drawn with the images"
 
     def __init__(self, split: str, seed: int = 7, size: int = 97) -> None:
         if split not in SPLITS:

@@ -1,20 +1,20 @@
 """Any folder in VOC's layout: JPEGImages/ID.jpg, SegmentationClass/ID.png, ImageSets/Segmentation/SPLIT.txt.
 
-Label files hold class indices, as palette (P) or grey (L) PNGs, 255 = void; they are read as they are, since
-a conversion through RGB turns indices into other indices without a word.
+Classes are VOC's 21, or those of a classes.txt (one name a line, in index order) or of a dataset.yaml:
+
+    classes: {7: road, 11: building}             # name of each label value; [road, building] names 0 and 1
+    void: [0, 254]                               # label values that stand for no class, beside 255
+    palette: [[128, 64, 128], [70, 70, 70]]      # for labels in colour: red, green and blue of each class
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as F
+import yaml
 
 from segmentation.data import VOID
+from segmentation.data.folder import FolderDataset, Layout, find_folder
 from segmentation.errors import UsageError
 
 VOC_CLASSES = (
@@ -23,16 +23,11 @@ VOC_CLASSES = (
     "tvmonitor",
 )  # fmt: skip
 
-LABELS_READ_UP_FRONT = 500
-"""So many labels, spread evenly over the split, are read in full before work starts."""
+Colour = tuple[int, int, int]
 
 
-class VOCDataset:
-    """One split of a VOC-layout folder.
-
-    Building it checks what can be checked without decoding every image: the folders, the list, that every
-    listed image has a label of its own size, and the values of up to `LABELS_READ_UP_FRONT` labels. The
-    values of every label are checked again when it is loaded.
+class VOCDataset(FolderDataset):
+    """One split of a folder in VOC's layout.
 
     Args:
         data_path: the folder that holds JPEGImages, its parent or its grandparent (VOCdevkit).
@@ -42,107 +37,35 @@ class VOCDataset:
         UsageError: one line naming the file at fault and the fix.
     """
 
-    eval_size = 505
-
     def __init__(self, data_path: str | Path, split: str) -> None:
-        self.root = find_root(Path(data_path))
-        self.classes = read_classes(self.root)
-        images = _by_stem(self.root / "JPEGImages", {".jpg", ".jpeg", ".png"})
-        labels = _by_stem(self.root / "SegmentationClass", {".png"})
-        list_file = find_list(self.root, split)
-        self.ids = [line.strip() for line in list_file.read_text().splitlines() if line.strip()]
-        if not self.ids:
-            raise UsageError(f"{list_file} is empty: list one image ID per line")
-        for identifier in self.ids:
-            if identifier not in images:
-                raise UsageError(
-                    f"{list_file} lists {identifier!r}, but {self.root / 'JPEGImages'} holds no such image: "
-                    "add it, or take the ID off the list (an ID has no folder and no suffix)"
-                )
-            if identifier not in labels:
-                raise UsageError(
-                    f"image {identifier!r} has no label: "
-                    f"add {self.root / 'SegmentationClass' / identifier}.png, or take the ID off {list_file}"
-                )
-        self._images = [images[identifier] for identifier in self.ids]
-        self._labels = [labels[identifier] for identifier in self.ids]
-        for image, label in zip(self._images, self._labels, strict=True):
-            _check_sizes(image, label)
-        for index in np.linspace(0, len(self) - 1, min(len(self), LABELS_READ_UP_FRONT)).astype(int):
-            self._label(int(index))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def name(self, index: int) -> str:
-        """The image's ID."""
-        return self.ids[index]
-
-    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-        """Image uint8 [3, H, W] in RGB and label int64 [H, W]."""
-        with _opened(self._images[index]) as file:
-            image = F.pil_to_tensor(file.convert("RGB"))
-        return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(self._label(index)))
-
-    def _label(self, index: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-        path = self._labels[index]
-        with _opened(path) as file:
-            label = np.array(file)
-        present = np.flatnonzero(np.bincount(label.ravel(), minlength=VOID + 1))
-        foreign = [int(value) for value in present if len(self.classes) <= value != VOID]
-        if foreign:
-            raise UsageError(
-                f"{path} holds the label values {_shortened(foreign)}, but there are {len(self.classes)} "
-                f"classes: values must lie in 0..{len(self.classes) - 1}, or be 255 for void; "
-                f"name all classes in {self.root / 'classes.txt'} (one per line, in index order) or mend "
-                "the labels"
-            )
-        return label.astype(np.int64)
+        super().__init__(voc_layout(Path(data_path)), split)
 
 
-def find_root(data_path: Path) -> Path:
-    """The folder holding JPEGImages: `data_path` itself, or the only one up to two levels below it."""
-    if not data_path.is_dir():
-        raise UsageError(f"--data-path {data_path}: no such folder; name the one that holds JPEGImages")
-    for candidates in ([data_path], data_path.glob("*"), data_path.glob("*/*")):
-        found = sorted(folder for folder in candidates if (folder / "JPEGImages").is_dir())
-        if len(found) > 1:
-            raise UsageError(
-                f"--data-path {data_path} holds several data sets ({', '.join(str(f) for f in found)}): "
-                "name one"
-            )
-        if found:
-            if not (found[0] / "SegmentationClass").is_dir():
-                raise UsageError(
-                    f"{found[0]} has JPEGImages but no SegmentationClass folder: "
-                    "put the label PNGs (class indices, 255 = void) there"
-                )
-            return found[0]
-    raise UsageError(
-        f"--data-path {data_path} holds no JPEGImages folder, nor does a folder one or two levels below: "
-        "name the folder that does, its parent or its grandparent"
+def voc_layout(data_path: Path) -> Layout:
+    """Where files lie, and the classes of dataset.yaml or classes.txt, or VOC's."""
+    root = find_folder(data_path, "JPEGImages", "--data-path")
+    nested = (root / "ImageSets" / "Segmentation").is_dir()
+    names, description = root / "classes.txt", root / "dataset.yaml"
+    if names.is_file() and description.is_file():
+        raise UsageError(f"{root} holds classes.txt and dataset.yaml: keep the one that is right")
+    meaning: dict[str, Any] = {"classes": VOC_CLASSES}
+    if names.is_file():
+        meaning = {"classes": _named(names.read_text().splitlines(), names)}
+    elif description.is_file():
+        meaning = _described(description)
+    return Layout(
+        root=root,
+        remedy="put the label PNGs (class indices, 255 = void) there",
+        mend=f"name all classes in {names} (one per line, in index order) or mend the labels"
+        if not description.is_file()
+        else f"name all classes and void values in {description} or mend the labels",
+        lists="ImageSets/Segmentation" if nested else "ImageSets",
+        **meaning,
     )
 
 
-def find_list(root: Path, split: str) -> Path:
-    """The list file of a split; where there is none, the error names the lists that exist."""
-    folder = root / "ImageSets" / "Segmentation"
-    if not folder.is_dir():
-        folder = root / "ImageSets"
-    lists = sorted(file.stem for file in folder.glob("*.txt"))
-    if not lists:
-        raise UsageError(f"{folder} holds no lists: write one image ID per line into {folder / split}.txt")
-    if split not in lists:
-        raise UsageError(f"there is no list {split!r} in {folder}: pass one of {', '.join(lists)}")
-    return folder / f"{split}.txt"
-
-
-def read_classes(root: Path) -> tuple[str, ...]:
-    """Class names from classes.txt, or VOC's 21."""
-    file = root / "classes.txt"
-    if not file.is_file():
-        return VOC_CLASSES
-    classes = tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
+def _named(lines: list[str], file: Path) -> tuple[str, ...]:
+    classes = tuple(line.strip() for line in lines if line.strip())
     if not 2 <= len(classes) <= VOID:
         raise UsageError(
             f"{file} names {len(classes)} classes: name 2 to {VOID}, one per line, in index order"
@@ -150,35 +73,75 @@ def read_classes(root: Path) -> tuple[str, ...]:
     return classes
 
 
-def _by_stem(folder: Path, suffixes: set[str]) -> dict[str, Path]:
-    return {file.stem: file for file in folder.iterdir() if file.suffix.lower() in suffixes}
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image file; damage found when it is opened or, within the context, decoded is a `UsageError`."""
+def _described(file: Path) -> dict[str, Any]:
+    """Fields of `Layout` from dataset.yaml."""
     try:
-        with Image.open(path) as file:
-            yield file
-    except (OSError, SyntaxError) as fault:
-        raise UsageError(f"{path} cannot be read as an image ({fault}): replace the file") from None
+        given = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as fault:
+        raise UsageError(f"{file} is not YAML: {' '.join(str(fault).split())}") from None
+    if not isinstance(given, dict) or "classes" not in given or set(given) - {"classes", "void", "palette"}:
+        held = ", ".join(str(key) for key in given) if isinstance(given, dict) else type(given).__name__
+        raise UsageError(f"{file} holds {held}: give classes, and where needed void and palette")
+    classes = given["classes"]
+    if isinstance(classes, list):
+        classes = dict(enumerate(classes))
+    if not isinstance(classes, dict) or not 2 <= len(classes) <= VOID or not all(map(_is_byte, classes)):
+        raise UsageError(
+            f"{file}: classes is {given['classes']!r}: give 2 to {VOID} names as a list in index order, or "
+            "as a mapping from label value (0 to 254) to name"
+        )
+    values = tuple(sorted(classes))
+    void, void_colours = _void(given.get("void", []), values, file)
+    fields: dict[str, Any] = {
+        "classes": tuple(str(classes[value]) for value in values),
+        "values": values,
+        "void": void,
+    }
+    if "palette" in given:
+        fields["colours"] = _colours(given["palette"], void_colours, len(values), file)
+    elif void_colours:
+        raise UsageError(
+            f"{file}: void names colours, but there is no palette: add one, or give label values"
+        )
+    return fields
 
 
-def _check_sizes(image_path: Path, label_path: Path) -> None:
-    """Compare headers; a label in colour is refused here, before anything is decoded."""
-    with _opened(image_path) as image, _opened(label_path) as label:
-        if label.mode not in ("P", "L"):
-            raise UsageError(
-                f"{label_path} is a {label.mode} image, not class indices: colours cannot be mapped back to "
-                "classes safely; save labels as palette (P) or grey (L) PNGs that hold the class indices"
-            )
-        if image.size != label.size:
-            raise UsageError(
-                f"{label_path} is {label.size[0]}x{label.size[1]} pixels, its image {image_path.name} "
-                f"{image.size[0]}x{image.size[1]}: a label must have the size of its image"
-            )
+def _void(given: Any, values: tuple[int, ...], file: Path) -> tuple[tuple[int, ...], list[Colour]]:
+    """Label values and colours that stand for no class."""
+    entries = given if isinstance(given, list) else [given]
+    numbers = tuple(entry for entry in entries if _is_byte(entry) or entry == VOID)
+    colours = [tuple(entry) for entry in entries if _is_colour(entry)]
+    if len(numbers) + len(colours) < len(entries):
+        raise UsageError(
+            f"{file}: void is {given!r}: give a label value such as 0, a list of them such as [0, 254], or "
+            "colours such as [[0, 0, 0]]"
+        )
+    both = sorted(set(numbers) & set(values))
+    if both:
+        raise UsageError(
+            f"{file}: label value {both[0]} is both void and a class: leave it out of void, or give classes "
+            "as a mapping without it"
+        )
+    return numbers, colours
 
 
-def _shortened(values: list[int]) -> str:
-    shown = ", ".join(str(value) for value in values[:5])
-    return shown if len(values) <= 5 else f"{shown}, ... ({len(values)} in all)"
+def _colours(given: Any, void: list[Colour], classes: int, file: Path) -> Mapping[Colour, int]:
+    """Class index of each colour."""
+    if not isinstance(given, list) or len(given) != classes or not all(map(_is_colour, given)):
+        raise UsageError(
+            f"{file}: palette must be {classes} colours such as [128, 64, 0], one a class in index order"
+        )
+    colours = {tuple(colour): index for index, colour in enumerate(given)}
+    if len(colours) < classes or any(colour in colours for colour in void):
+        raise UsageError(f"{file}: palette and void name a colour twice: each class needs one of its own")
+    return colours | dict.fromkeys(void, VOID)
+
+
+def _is_byte(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < VOID
+
+
+def _is_colour(value: Any) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 3 and all(_is_byte(part) or part == VOID for part in value)
+    )

@@ -1,0 +1,67 @@
+"""Files of images and labels: read strictly, written whole or not at all.
+
+Label files hold class indices, as palette (P) or grey (L) PNGs; they are read as they are, since a conversion
+through RGB turns indices into other indices without a word.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from segmentation.errors import UsageError
+
+Label = NDArray[np.uint8]
+
+
+def voc_palette() -> NDArray[np.uint8]:
+    """Pascal VOC's colours of the label values 0 to 255, [256, 3].
+
+    The bits of a value, three at a time, are the highest, next highest, ... bits of red, green and blue.
+    """
+    numbers = np.arange(256)[:, None]
+    colours = np.zeros((256, 3), dtype=np.uint8)
+    for position in range(8):
+        bits = (numbers >> (3 * position + np.arange(3))) & 1
+        colours |= (bits << (7 - position)).astype(np.uint8)
+    return colours
+
+
+def save_label(path: Path, label: Label) -> None:
+    """Write class indices [H, W] as a PNG with VOC's palette."""
+    file = Image.fromarray(label, mode="P")
+    file.putpalette(voc_palette().tobytes())
+    with written_whole(path) as partial:
+        file.save(partial, format="PNG")
+
+
+def write_list(path: Path, identifiers: list[str]) -> None:
+    """Write a split's list, one ID a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as partial:
+        partial.write_text("".join(f"{identifier}\n" for identifier in identifiers))
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A name to write under; at the end of the block the file moves to `path`.
+
+    So a file under its own name is whole, and work that was interrupted may skip it.
+    """
+    partial = path.with_name(path.name + ".partial")
+    yield partial
+    os.replace(partial, path)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """An image file; damage found when it is opened or, within the context, decoded is a `UsageError`."""
+    try:
+        with Image.open(path) as file:
+            yield file
+    except (OSError, SyntaxError) as fault:
+        raise UsageError(f"{path} cannot be read as an image ({fault}): replace the file") from None
