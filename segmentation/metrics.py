@@ -38,45 +38,56 @@ class Scores:
     def iou(self) -> NDArray[np.float64]:
         """Intersection over union of each class, [C]; nan where neither truth nor prediction has it."""
         union = self.truth + self.confusion.sum(0) - self.confusion.diagonal()
-        return _ratio(self.confusion.diagonal(), union)
+        return ratio(self.confusion.diagonal(), union)
 
     @property
     def accuracy(self) -> NDArray[np.float64]:
         """Share of each class's pixels that were found, [C]; nan where the truth has none."""
-        return _ratio(self.confusion.diagonal(), self.truth)
+        return ratio(self.confusion.diagonal(), self.truth)
 
     @property
     def miou(self) -> float:
         """Mean IoU over the classes that occur."""
-        return _mean(self.iou)
+        return mean_of_known(self.iou)
+
+    @property
+    def foreground_miou(self) -> float:
+        """Mean IoU over classes 1, 2, ..., where pixels of class 0 in the truth are left out like void.
+
+        A pixel of another class that is taken for class 0 is a miss. On Pascal Context, with background as
+        class 0, this is mIoU-59 and `miou` is mIoU-60.
+        """
+        confusion = self.confusion.copy()
+        confusion[0] = 0
+        return mean_of_known(Scores(confusion).iou[1:])
 
     @property
     def mean_accuracy(self) -> float:
         """Mean accuracy over the classes of the truth."""
-        return _mean(self.accuracy)
+        return mean_of_known(self.accuracy)
 
     @property
     def pixel_accuracy(self) -> float:
         """Share of pixels that were right."""
-        return float(_ratio(self.confusion.trace(), self.confusion.sum()))
+        return float(ratio(self.confusion.trace(), self.confusion.sum()))
 
     @property
     def fw_iou(self) -> float:
         """IoU weighted by each class's share of the truth."""
-        weights = _ratio(self.truth, self.truth.sum())
+        weights = ratio(self.truth, self.truth.sum())
         return float(np.sum((weights * self.iou)[self.truth > 0])) if self.truth.any() else float("nan")
 
     @property
     def majority_miou(self) -> float:
         """The mIoU of answering the truth's most frequent class everywhere: what any model has to beat."""
         present = np.count_nonzero(self.truth)
-        return float(_ratio(self.truth.max(), self.truth.sum())) / present if present else float("nan")
+        return float(ratio(self.truth.max(), self.truth.sum())) / present if present else float("nan")
 
     def table(self, classes: tuple[str, ...]) -> str:
         """Per-class scores and their means as aligned text, in percent."""
         width = max(len("frequency-weighted"), *(len(name) for name in classes))
         lines = [f"{'class':<{width}}  {'IoU':>6}  {'acc.':>6}  {'pixels':>7}"]
-        share = 100 * _ratio(self.truth, self.truth.sum())
+        share = 100 * ratio(self.truth, self.truth.sum())
         for name, iou, accuracy, part in zip(
             classes, 100 * self.iou, 100 * self.accuracy, share, strict=True
         ):
@@ -107,12 +118,15 @@ class ConfusionMatrix:
         return Scores(self._metric.compute().cpu().numpy().astype(np.int64))
 
 
-def _ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:
-    with np.errstate(invalid="ignore"):
-        return np.divide(part, whole, dtype=np.float64)
+def ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:
+    """part / whole, nan where the whole is 0."""
+    share = np.full(np.shape(part), np.nan)
+    np.divide(part, whole, out=share, where=np.not_equal(whole, 0))
+    return share
 
 
-def _mean(values: NDArray[np.float64]) -> float:
+def mean_of_known(values: NDArray[np.float64]) -> float:
+    """Mean of what is not nan; nan where all is."""
     finite = values[~np.isnan(values)]
     return float(finite.mean()) if len(finite) else float("nan")
 
