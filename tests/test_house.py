@@ -43,13 +43,14 @@ FLOORS = {
     ],
     "segmentation": [
         ["", "errors"],
-        ["data", "data.transforms", "data.shapes", "data.labels", "data.folder", "data.voc", "data.loader"],
+        ["data", "data.transforms", "data.shapes", "data.labels", "data.folder"],
+        ["data.voc", "data.archives", "data.sbd", "data.loader"],
         ["models.backbone", "models.heads", "models.deeplab", "models.difnet", "models"],
         ["metrics", "boundary", "fragments"],
         ["config"],
         ["checkpoint", "rundir", "progress", "figures"],
         ["engine"],
-        ["train", "evaluate"],
+        ["prepare", "train", "evaluate"],
     ],
 }
 

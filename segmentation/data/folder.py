@@ -27,7 +27,7 @@ class Layout:
     Args:
         root: the folder that holds all others.
         classes: names in index order.
-        remedy: what to do where labels are lacking, for messages.
+        command: makes the labels and lists; None for data that come with them.
         mend: what to do where a label holds what is no class, for messages.
         images: folders of the images, below root.
         labels: folders of the labels, below root; of a label found in two, the first one's counts.
@@ -40,8 +40,8 @@ class Layout:
 
     root: Path
     classes: tuple[str, ...]
-    remedy: str
     mend: str
+    command: str | None = None
     images: tuple[str, ...] = ("JPEGImages",)
     labels: tuple[str, ...] = ("SegmentationClass",)
     lists: str = "ImageSets/Segmentation"
@@ -71,7 +71,10 @@ class Layout:
                 f"{folder} holds no lists: write one image ID per line into {folder / split}.txt"
             )
         if split not in lists:
-            raise UsageError(f"there is no list {split!r} in {folder}: pass one of {', '.join(lists)}")
+            or_make_it = "" if self.command is None else f", or run `{self.command}`"
+            raise UsageError(
+                f"there is no list {split!r} in {folder}: pass one of {', '.join(lists)}{or_make_it}"
+            )
         return folder / f"{split}.txt"
 
     def files(self) -> "Files":
@@ -82,7 +85,10 @@ class Layout:
         """
         for folder in self.labels:
             if not (self.root / folder).is_dir():
-                raise UsageError(f"{self.root} has {self.images[0]} but no {folder} folder: {self.remedy}")
+                remedy = "put the label PNGs (class indices, 255 = void) there"
+                if self.command is not None:
+                    remedy = f"run `{self.command}`"
+                raise UsageError(f"{self.root} has {self.images[0]} but no {folder} folder: {remedy}")
         return Files(
             images=_by_stem(self.root, self.images, {".jpg", ".jpeg", ".png"}),
             labels=_by_stem(self.root, self.labels, {".png"}),
@@ -264,19 +270,34 @@ def find_folder(path: Path, holding: str, option: str, prefer: str = "") -> Path
     """
     if not path.is_dir():
         raise UsageError(f"{option} {path}: no such folder; name the one that holds {holding}")
-    for candidates in ([path], path.glob("*"), path.glob("*/*")):
-        found = sorted(folder for folder in candidates if (folder / holding).is_dir())
-        preferred = [folder for folder in found if folder.name == prefer]
-        if len(found) > 1 and not preferred:
-            raise UsageError(
-                f"{option} {path} holds several data sets ({', '.join(str(f) for f in found)}): name one"
-            )
-        if found:
-            return (preferred or found)[0]
+    found = [folder.parent for folder in folders_below(path, holding, levels=2)]
+    preferred = [folder for folder in found if folder.name == prefer]
+    if len(found) > 1 and not preferred:
+        raise UsageError(
+            f"{option} {path} holds several data sets ({', '.join(str(f) for f in found)}): name one"
+        )
+    if found:
+        return (preferred or found)[0]
     raise UsageError(
         f"{option} {path} holds no {holding} folder, nor does a folder one or two levels below: "
         "name the folder that does, its parent or its grandparent"
     )
+
+
+def folders_below(root: Path, name: str, levels: int) -> list[Path]:
+    """The folders called `name` in root, or else one level below, and so on down to `levels` below.
+
+    What an archive was unpacked to in part does not count.
+    """
+    for level in range(levels + 1):
+        found = [
+            folder
+            for folder in sorted(root.glob("*/" * level + name))
+            if folder.is_dir() and not any(part.endswith(".partial") for part in folder.parts)
+        ]
+        if found:
+            return found
+    return []
 
 
 def read_ids(file: Path) -> list[str]:

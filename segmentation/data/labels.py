@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,42 @@ def write_list(path: Path, identifiers: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as partial:
         partial.write_text("".join(f"{identifier}\n" for identifier in identifiers))
+
+
+def read_mat(path: Path, *fields: str) -> NDArray[np.integer[Any]]:
+    """The array below a chain of fields in a MATLAB file.
+
+    Raises:
+        UsageError: the file is missing or damaged, or has no such field.
+    """
+    import zlib
+
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    if not path.is_file():
+        raise UsageError(f"{path} is missing: take it from the archive it belongs to")
+    try:
+        value: Any = loadmat(path)
+        for field in fields:
+            value = value[field]
+            if value.dtype == object:
+                value = value.item()
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        NotImplementedError,
+        zlib.error,
+        MatReadError,
+    ) as fault:
+        raise UsageError(
+            f"{path} cannot be read as a .mat file with {'.'.join(fields)} "
+            f"({type(fault).__name__}: {' '.join(str(fault).split())}): replace the file"
+        ) from None
+    array: NDArray[np.integer[Any]] = value
+    return array
 
 
 @contextmanager

@@ -55,7 +55,6 @@ def voc_layout(data_path: Path) -> Layout:
         meaning = _described(description)
     return Layout(
         root=root,
-        remedy="put the label PNGs (class indices, 255 = void) there",
         mend=f"name all classes in {names} (one per line, in index order) or mend the labels"
         if not description.is_file()
         else f"name all classes and void values in {description} or mend the labels",
