@@ -14,7 +14,7 @@ from segmentation.errors import UsageError, told_in_one_line
 
 
 def main(
-    dataset: Annotated[Literal["voc-aug"], typer.Argument(help="What to prepare.")],
+    dataset: Annotated[Literal["voc-aug", "context", "coco"], typer.Argument(help="What to prepare.")],
     root: Annotated[Path, typer.Option(help="Folder that holds the data, or the archives they come in.")],
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing: read all, list what is wrong, exit with 1 if so.")
@@ -22,11 +22,11 @@ def main(
 ) -> None:
     """Make the labels and lists of a data set, or check them: counts, sizes, label values, class order."""
     # These take seconds to import; --help does not wait for them.
-    from segmentation.data import sbd
+    from segmentation.data import coco, context, sbd
 
     if not root.is_dir():
         raise UsageError(f"--root {root}: no such folder; name the one that holds the data or its archives")
-    source = {"voc-aug": sbd}[dataset]
+    source = {"voc-aug": sbd, "context": context, "coco": coco}[dataset]
     if not check:
         source.prepare(root, print)
         print(f"to read it all once: python -m segmentation.prepare {dataset} --root {root} --check")

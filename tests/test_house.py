@@ -44,7 +44,7 @@ FLOORS = {
     "segmentation": [
         ["", "errors"],
         ["data", "data.transforms", "data.shapes", "data.labels", "data.folder"],
-        ["data.voc", "data.archives", "data.sbd", "data.loader"],
+        ["data.voc", "data.archives", "data.sbd", "data.coco", "data.context", "data.loader"],
         ["models.backbone", "models.heads", "models.deeplab", "models.difnet", "models"],
         ["metrics", "boundary", "fragments"],
         ["config"],
