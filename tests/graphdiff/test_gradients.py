@@ -130,6 +130,30 @@ def test_a_backward_that_misses_its_promise_warns():
         y.backward(torch.tensor([1.0, -1.0], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("name", ["CG", "Chebyshev", "BiCGSTAB"])
+def test_the_backward_takes_about_as_many_products_as_the_forward(name):
+    """What was prepared for P serves Pᵀ: with other weights CG would give up and go on as Chebyshev."""
+    counts = {"P": 0, "PT": 0}
+
+    class Counted(gd.AttentionTransition):
+        def matmul(self, y):
+            counts["P"] += 1
+            return super().matmul(y)
+
+        def rmatmul(self, v):
+            counts["PT"] += 1
+            return super().rmatmul(v)
+
+    g = torch.Generator().manual_seed(3)
+    psi = 1.5 * torch.randn(300, 4, generator=g, dtype=torch.float64)
+    s = torch.randn(300, 2, generator=g, dtype=torch.float64).requires_grad_()
+    y = gd.diffuse(Counted(psi), s, 0.99, solver=SOLVERS[name], tol=1e-8)
+    forward = counts["P"]
+    y.backward(torch.randn(300, 2, generator=g, dtype=torch.float64))
+    assert forward > 20
+    assert counts["PT"] < 1.5 * forward
+
+
 def test_no_graph_of_the_steps_is_kept():
     """The nodes reachable from y do not grow with the number of walks."""
 
