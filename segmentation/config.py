@@ -20,8 +20,17 @@ import yaml
 
 from segmentation.errors import UsageError
 
-RECIPES = {"shapes": "shapes.yaml", "voc": "paper.yaml"}
-"""Which recipe a data set has; both are read from the folder configs."""
+RECIPES = {
+    "shapes": "shapes.yaml",
+    "voc": "paper.yaml",
+    "voc-aug": "paper.yaml",
+    "context": "paper.yaml",
+    "coco": "paper.yaml",
+}
+"""Which recipe a data set has; all are read from the folder configs."""
+
+_OF_DATASET = {"voc-aug": {"train_split": "trainaug"}}
+"""Values that belong to a data set, whatever its recipe."""
 
 
 def _option(help_text: str, low: float | None = None, high: float | None = None) -> Any:
@@ -34,12 +43,19 @@ class Config:
     """A training run. Fields without a default take it from the data set's recipe."""
 
     dataset: Annotated[
-        Literal["shapes", "voc"], _option("Built-in generated shapes, or a VOC-layout folder.")
+        Literal["shapes", "voc", "voc-aug", "context", "coco"],
+        _option("Built-in generated shapes, a VOC-layout folder, or what segmentation.prepare made."),
     ] = "shapes"
     data_path: Annotated[
-        str | None, _option("Folder that holds JPEGImages, its parent or its grandparent; needed with voc.")
+        str | None,
+        _option(
+            "Folder that holds JPEGImages (coco: train2017), its parent or its grandparent; needed with all "
+            "but shapes."
+        ),
     ] = None
-    train_split: Annotated[str, _option("List of the images to train on.")] = "train"
+    train_split: Annotated[str, _option("List of the images to train on; with voc-aug, trainaug.")] = (
+        "train"
+    )
     val_split: Annotated[str, _option("List of the images to score.")] = "val"
 
     model: Annotated[
@@ -93,8 +109,9 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what single values cannot show."""
-        if self.dataset == "voc" and self.data_path is None:
-            raise UsageError("--dataset voc needs --data-path: the folder that holds JPEGImages")
+        if self.dataset != "shapes" and self.data_path is None:
+            held = "train2017" if self.dataset == "coco" else "JPEGImages"
+            raise UsageError(f"--dataset {self.dataset} needs --data-path: the folder that holds {held}")
         if self.dataset == "shapes" and self.data_path is not None:
             raise UsageError(
                 "--data-path has no use with --dataset shapes, which is generated: pass --dataset voc"
@@ -147,7 +164,7 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None) -> Config:
                 raise UsageError(f"{_flag(key)} belongs to --model difnet: sim-deeplab has no walks")
     dataset = given.get("dataset") or file.get("dataset") or Config.dataset
     values: dict[str, Any] = {}
-    for layer in (_recipe(dataset), file, given):
+    for layer in (_recipe(dataset), _OF_DATASET.get(dataset, {}), file, given):
         if "epochs" in layer and "max_steps" in layer:
             raise UsageError("--epochs and --max-steps both give the length of the run: give one of them")
         if "epochs" in layer or "max_steps" in layer:

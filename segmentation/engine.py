@@ -14,6 +14,9 @@ from torch.utils.data import DataLoader
 import graphdiff as gd
 from segmentation.config import Config
 from segmentation.data import VOID, SegmentationDataset
+from segmentation.data.coco import CocoDataset
+from segmentation.data.context import ContextDataset
+from segmentation.data.sbd import VOCAugDataset
 from segmentation.data.shapes import ShapesDataset
 from segmentation.data.voc import VOCDataset
 from segmentation.errors import UsageError
@@ -35,8 +38,14 @@ def build_dataset(config: Config, split: str) -> SegmentationDataset:
     """One split of the config's data set."""
     if config.dataset == "shapes":
         return ShapesDataset(split)
-    assert config.data_path is not None  # Config refuses voc without it
-    return VOCDataset(config.data_path, split)
+    assert config.data_path is not None  # Config refuses the others without it
+    in_folders: dict[str, Callable[[str, str], SegmentationDataset]] = {
+        "voc": VOCDataset,
+        "voc-aug": VOCAugDataset,
+        "context": ContextDataset,
+        "coco": CocoDataset,
+    }
+    return in_folders[config.dataset](config.data_path, split)
 
 
 def build_model(config: Config, num_classes: int) -> Model:

@@ -55,11 +55,15 @@ class VOCAugDataset(FolderDataset):
         split: name of a list in ImageSets/Segmentation: trainaug, val.
 
     Raises:
-        UsageError: one line naming the file at fault and the fix.
+        UsageError: one line naming the file at fault and the fix; among others if trainaug shares images
+            with val.
     """
 
     def __init__(self, data_path: str | Path, split: str) -> None:
-        super().__init__(layout(Path(data_path), "--data-path"), split)
+        where = layout(Path(data_path), "--data-path")
+        if split == "trainaug" and (faults := overlap(where, split, "val")):
+            raise UsageError(faults[0])
+        super().__init__(where, split)
 
 
 def layout(path: Path, option: str) -> Layout:

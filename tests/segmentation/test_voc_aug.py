@@ -228,6 +228,8 @@ def test_a_ready_made_list_may_not_hold_vals_images_nor_mix_names(folder):
         sbd.prepare(folder, print)
     faults, _ = said(sbd.check, folder)
     assert "share 1 images (scene_2, ...): take them off trainaug.txt" in faults[0]
+    with pytest.raises(UsageError, match=r"share 1 images \(scene_2, \.\.\.\): take them off trainaug\.txt"):
+        VOCAugDataset(folder, "trainaug")
     (voc / "ImageSets/Segmentation/trainaug.txt").unlink()
     columns = voc / "ImageSets" / "SegmentationAug" / "train_aug.txt"
     columns.parent.mkdir()
