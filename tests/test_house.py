@@ -42,15 +42,17 @@ FLOORS = {
         [""],
     ],
     "segmentation": [
-        ["", "errors"],
+        ["errors", "commandline"],
         ["data", "data.transforms", "data.shapes", "data.labels", "data.folder"],
         ["data.voc", "data.archives", "data.sbd", "data.coco", "data.context", "data.loader"],
         ["models.backbone", "models.heads", "models.deeplab", "models.difnet", "models"],
         ["metrics", "boundary", "fragments"],
         ["config"],
-        ["checkpoint", "rundir", "progress", "figures"],
+        ["checkpoint", "rundir", "progress", "figures", "images"],
         ["engine"],
-        ["prepare", "train", "evaluate"],
+        ["inference"],
+        [""],
+        ["prepare", "train", "evaluate", "predict"],
     ],
 }
 

@@ -1,0 +1,56 @@
+"""What the programs that use a checkpoint share on their command lines."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from segmentation.errors import told_in_one_line
+
+Checkpoint = Annotated[Path, typer.Option(help="best.safetensors or last.safetensors of a run.")]
+Scales = Annotated[
+    list[float],
+    typer.Option(
+        "--scales",
+        metavar="FACTOR ...",
+        help="Factors on the image's sides; the model sees it at each, as in --scales 0.5 0.75 1.0.",
+    ),
+]
+Flip = Annotated[bool, typer.Option("--flip", help="See the image mirrored too, at each scale.")]
+Fusion = Annotated[
+    Literal["max", "mean"],
+    typer.Option(help="Of the logits of several views: the largest (as DeepLabV2) or their mean."),
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
+Threads = Annotated[int, typer.Option(help="Threads of torch on the CPU; 0 leaves it to torch.", min=0)]
+
+
+def run(command: Callable[..., Any]) -> None:
+    """Parse the arguments and run; faults of the user end in one line and exit code 2."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(command)
+    with told_in_one_line():
+        app(args=_one_value_each(sys.argv[1:], "--scales"))
+
+
+def _one_value_each(arguments: list[str], option: str) -> list[str]:
+    """Write `option` before each of the numbers that follow it, as typer wants an option with many values."""
+    spread: list[str] = []
+    among_values = False
+    for argument in arguments:
+        is_value = among_values and _is_number(argument)
+        if is_value and spread[-1] != option:
+            spread.append(option)
+        spread.append(argument)
+        among_values = is_value or argument == option
+    return spread
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
