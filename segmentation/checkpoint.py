@@ -2,15 +2,13 @@
 
 Two kinds: weights (.safetensors, with a description that suffices to rebuild the model) for use, and the
 whole state of a run (.ckpt, plain tensors, numbers, strings and lists, never pickled objects) for resuming.
-Each is written under another name, forced to the disk and then moved into place, so that a kill at any moment
-leaves the previous one whole.
+Each is written whole (see files), so that a kill at any moment and a full disk leave the previous one as it
+was.
 """
 
 import json
-import os
 import pickle
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,15 @@ from torch import Tensor, nn
 
 from segmentation.config import Config
 from segmentation.errors import UsageError
+from segmentation.files import whole
 
 FORMAT = "graphdiff-segmentation-1"
+STATE_FORMAT = "graphdiff-segmentation-state-2"
 
 MAY_CHANGE_ON_RESUME = frozenset(
     # Where files lie, how fast the run goes and what it tells: none of these touches the weights.
-    ("data_path", "weights_backbone", "output_dir", "workers", "threads", "device", "eval_every", "log_every",
-     "limit_val_batches")
+    ("data_path", "weights_backbone", "init_from", "output_dir", "workers", "threads", "device",
+     "channels_last", "compile", "eval_every", "checkpoint_every", "log_every", "limit_val_batches")
 )  # fmt: skip
 
 
@@ -40,12 +40,14 @@ class Description:
         classes: names in the order of the model's output channels.
         step: steps they were trained for.
         miou: their score on the run's validation split, in [0, 1].
+        weights_sha256: hash of each file of weights the run started from.
     """
 
     config: Config
     classes: tuple[str, ...]
     step: int
     miou: float
+    weights_sha256: dict[str, str] = field(default_factory=dict)
 
 
 def save_weights(path: Path, model: nn.Module, description: Description) -> None:
@@ -56,21 +58,23 @@ def save_weights(path: Path, model: nn.Module, description: Description) -> None
         "classes": json.dumps(description.classes),
         "step": str(description.step),
         "miou": repr(description.miou),
+        "weights_sha256": json.dumps(description.weights_sha256),
     }
     # A tensor that is a view of a larger one would be refused.
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    _write(path, lambda partial: safetensors.torch.save_file(weights, partial, metadata))
+    with whole(path) as file:
+        file.write(safetensors.torch.save(weights, metadata))
 
 
-def load_weights(path: Path) -> tuple[dict[str, Tensor], Description]:
-    """Read what `save_weights` wrote.
+def load_weights(path: Path, option: str = "--checkpoint") -> tuple[dict[str, Tensor], Description]:
+    """Read what `save_weights` wrote; `option` is what messages call it.
 
     Raises:
         UsageError: the file is missing, corrupt, or not one of ours.
     """
     if not path.is_file():
         raise UsageError(
-            f"--checkpoint {path}: no such file; name a best.safetensors or last.safetensors of a run"
+            f"{option} {path}: no such file; name a best.safetensors or last.safetensors of a run"
         )
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -90,7 +94,8 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], Description]:
         )
     config = Config.from_dict(json.loads(metadata["config"]), f"the config inside {path}")
     classes = tuple(json.loads(metadata["classes"]))
-    return weights, Description(config, classes, int(metadata["step"]), float(metadata["miou"]))
+    hashes = json.loads(metadata.get("weights_sha256", "{}"))
+    return weights, Description(config, classes, int(metadata["step"]), float(metadata["miou"]), hashes)
 
 
 def load_into(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
@@ -106,9 +111,53 @@ def load_into(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     model.load_state_dict(weights)
 
 
+def start_from(model: nn.Module, path: Path, classes: tuple[str, ...]) -> list[str]:
+    """Fill a model with another run's weights, as far as the number of classes lets it.
+
+    Returns:
+        What is to be told of it, in lines.
+
+    Raises:
+        UsageError: the weights are of another architecture.
+    """
+    weights, description = load_weights(path, "--init-from")
+    own = model.state_dict()
+    differing = {
+        name
+        for name in own.keys() | weights.keys()
+        if name not in own or name not in weights or own[name].shape != weights[name].shape
+    }
+    heads = {"score", "importance"} if len(classes) != len(description.classes) else set()
+    foreign = sorted(name for name in differing if name.split(".")[0] not in heads)
+    if foreign:
+        made = description.config
+        raise UsageError(
+            f"--init-from {path} is of another architecture ({made.model} on {made.backbone}): "
+            f"{len(foreign)} tensors differ, {foreign[0]} first; give --model, --backbone, "
+            "--walks and --aspp as it had them"
+        )
+    fresh = sorted({name.split(".")[0] for name in differing})
+    model.load_state_dict(
+        {name: tensor for name, tensor in weights.items() if name.split(".")[0] not in fresh}, strict=False
+    )
+    lines = [f"weights of {path}, step {description.step}, {100 * description.miou:.2f} mIoU on its own data"]
+    if fresh:
+        lines.append(
+            f"{' and '.join(fresh)} start fresh: it has {len(description.classes)} classes, the data "
+            f"{len(classes)}"
+        )
+    elif description.classes != classes:
+        lines.append(
+            f"warning: its classes have other names ({', '.join(description.classes[:4])}, ... against "
+            f"{', '.join(classes[:4])}, ...); its classifier is kept"
+        )
+    return lines
+
+
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write the whole state of a run: nested dicts and lists of tensors, numbers and strings."""
-    _write(path, lambda partial: torch.save({"format": FORMAT, **state}, partial))
+    with whole(path) as file:
+        torch.save({"format": STATE_FORMAT, **state}, file)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -126,8 +175,8 @@ def load_state(path: Path) -> dict[str, Any]:
             f"--resume {path} is corrupt, cut short or of another kind ({_first_line(fault)}): "
             "name the last.ckpt of another run, or start afresh with --overwrite"
         ) from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UsageError(f"--resume {path} is no state of format {FORMAT}: name the last.ckpt of a run")
+    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+        raise UsageError(f"--resume {path} is no state of format {STATE_FORMAT}: name the last.ckpt of a run")
     return state
 
 
@@ -145,14 +194,6 @@ def check_same_run(state: dict[str, Any], config: Config, classes: tuple[str, ..
             f"--resume {path} was trained on the classes {', '.join(state['classes'][:4])}, ..., the data "
             f"has {', '.join(classes[:4])}, ...: give --data-path the data it was trained on"
         )
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _first_line(fault: Exception) -> str:

@@ -1,7 +1,7 @@
 """Every option of a training run, once: its type, its help, its default, its place on the command line.
 
-A value comes from the recipe of the data set (configs/*.yaml), is overridden by the file given as --config,
-and that by flags. The merged result is saved with the run as config.yaml, which --config accepts again.
+A value comes from the recipe (configs/*.yaml), is overridden by the file given as --config, and that by
+flags. The merged result is saved with the run as config.yaml, which --config accepts again.
 """
 
 import copy
@@ -13,21 +13,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 import yaml
 
 from segmentation.errors import UsageError
 
-RECIPES = {
-    "shapes": "shapes.yaml",
-    "voc": "paper.yaml",
-    "voc-aug": "paper.yaml",
-    "context": "paper.yaml",
-    "coco": "paper.yaml",
-}
-"""Which recipe a data set has; all are read from the folder configs."""
+RECIPES = {"shapes": "shapes", "voc": "paper", "voc-aug": "paper", "context": "paper", "coco": "paper"}
+"""Each data set's recipe unless another is asked for: a file of the folder configs without its suffix."""
+
+_CHOICES = ("paper", "modern")
+"""What --recipe may say; shapes has its own."""
 
 _OF_DATASET = {"voc-aug": {"train_split": "trainaug"}}
 """Values that belong to a data set, whatever its recipe."""
@@ -53,24 +50,37 @@ class Config:
             "but shapes."
         ),
     ] = None
-    train_split: Annotated[str, _option("List of the images to train on; with voc-aug, trainaug.")] = (
-        "train"
-    )
+    recipe: Annotated[
+        Literal["paper", "modern"] | None,
+        _option("The paper's training, or today's customs. [default: paper; shapes has its own]"),
+    ] = None
+    train_split: Annotated[str, _option("List of the images to train on; with voc-aug, trainaug.")] = "train"
     val_split: Annotated[str, _option("List of the images to score.")] = "val"
 
     model: Annotated[
         Literal["difnet", "sim-deeplab"], _option("DifNet, or the baseline without diffusion.")
     ] = "difnet"
     backbone: Annotated[
-        Literal["resnet18", "resnet34", "resnet50", "resnet101"], _option("ResNet of each branch.")
+        str, _option("Network of each branch: any of timm's that gives features at output stride 8.")
     ]
+    similarity_backbone: Annotated[
+        str | None, _option("Another one for the similarity branch. [default: --backbone]")
+    ] = None
     weights_backbone: Annotated[
         str,
         _option(
-            "File of ImageNet weights (.pth or .safetensors, torchvision's names), 'none' to start from "
-            "random weights, or 'hub' to fetch timm's; needed with voc."
+            "File of ImageNet weights (.pth or .safetensors, torchvision's or timm's names; FILE,FILE for "
+            "two backbones), 'none' to start from random weights, or 'hub' to fetch timm's; needed "
+            "with data of one's own."
         ),
     ]
+    init_from: Annotated[
+        str | None,
+        _option(
+            "Weights of another run (best.safetensors) to start from, in place of --weights-backbone; "
+            "classifiers of another size start fresh."
+        ),
+    ] = None
     aspp: Annotated[bool, _option("ASPP, or one plain 3x3 convolution, on the seed branch.")] = True
     walks: Annotated[
         tuple[int, ...], _option("Which walks to take: 0 on the image, 1 to 4 on layer1 to layer4.")
@@ -84,7 +94,10 @@ class Config:
     max_steps: Annotated[int | None, _option("Length of the run in steps, in place of --epochs.", low=1)] = (
         None
     )
-    batch_size: Annotated[int, _option("Images in a step.", low=1)]
+    batch_size: Annotated[int, _option("Images in a step, of all processes together.", low=1)]
+    grad_accum_steps: Annotated[
+        int, _option("Pieces that each process cuts its part of a step into, to save memory.", low=1)
+    ] = 1
     lr: Annotated[float, _option("Base learning rate, of pretrained parts.", low=0)]
     head_lr_mult: Annotated[
         float, _option("Times --lr: the rate of parts that start fresh, µ and β included.", low=0)
@@ -95,14 +108,37 @@ class Config:
     crop_size: Annotated[int, _option("Side of training crops in pixels, best of the form 8k+1.", low=1)]
     scale: Annotated[tuple[float, float], _option("Range of the random scale in training.")]
 
+    bn: Annotated[
+        Literal["train", "sync", "frozen"],
+        _option(
+            "Batch norm: statistics of each process's own images, of all processes' images (GPUs only), or, "
+            "in what starts from pretrained weights, as they were."
+        ),
+    ] = "train"
+    ema_decay: Annotated[
+        float,
+        _option("Of an average of the weights, which is then scored and saved; 0 keeps none.", low=0, high=1),
+    ] = 0.0
+    precision: Annotated[
+        Literal["32", "bf16", "16"],
+        _option("Bits of training's convolutions; walks and scoring stay at 32. 16 is for GPUs."),
+    ] = "32"
+    channels_last: Annotated[bool, _option("Memory layout that suits convolutions on many devices.")] = False
+    compile: Annotated[
+        bool, _option("Compile the network (torch.compile): slower to start, then faster.")
+    ] = False
+    deterministic: Annotated[bool, _option("Only algorithms that give the same bits each time.")] = False
+
     seed: Annotated[int, _option("Of initial weights, order and augmentation.", low=0)] = 0
     workers: Annotated[int, _option("Processes that load data; 0 loads in the training process.", low=0)] = 0
     threads: Annotated[int, _option("Threads of torch on the CPU; 0 leaves the choice to torch.", low=0)] = 0
     device: Annotated[Literal["auto", "cpu", "cuda"], _option("Where to compute.")] = "auto"
     eval_every: Annotated[int, _option("Steps between evaluations, each followed by a checkpoint.", low=1)]
+    checkpoint_every: Annotated[int, _option("Steps between checkpoints to resume from.", low=1)] = 200
     log_every: Annotated[
         int, _option("Steps between lines of progress where there is no terminal.", low=1)
     ] = 20
+    limit_train_batches: Annotated[int | None, _option("End each epoch after so many batches.", low=1)] = None
     limit_val_batches: Annotated[
         int | None, _option("Score only so many images, spread evenly over the split.", low=1)
     ] = None
@@ -118,6 +154,20 @@ class Config:
             )
         if (self.epochs is None) == (self.max_steps is None):
             raise UsageError("the length of the run must be given once: as --epochs or as --max-steps")
+        if self.batch_size % self.grad_accum_steps:
+            raise UsageError(
+                f"--batch-size {self.batch_size} cannot be cut into --grad-accum-steps "
+                f"{self.grad_accum_steps} equal pieces: give a multiple"
+            )
+        if self.ema_decay == 1:
+            raise UsageError("--ema-decay 1 would never leave the first weights: give less, such as 0.999")
+        if self.init_from is not None and self.weights_backbone != "none":
+            raise UsageError(
+                f"--init-from {self.init_from} and --weights-backbone {self.weights_backbone} both give the "
+                "weights to start from: give one of them"
+            )
+        if self.similarity_backbone is not None and self.model == "sim-deeplab":
+            raise UsageError("--similarity-backbone belongs to --model difnet: sim-deeplab has one branch")
         if not 0 < self.scale[0] <= self.scale[1]:
             raise UsageError(
                 f"--scale {self.scale[0]} {self.scale[1]}: expected two factors, 0 < low <= high"
@@ -132,6 +182,21 @@ class Config:
     def run_dir(self) -> Path:
         """Folder of the run."""
         return Path(self.output_dir or f"runs/{self.dataset}-{self.model}-{self.backbone}")
+
+    @property
+    def branches(self) -> list[tuple[str, str]]:
+        """Of each branch the backbone, and where its weights come from."""
+        second = self.similarity_backbone or self.backbone
+        if self.model == "sim-deeplab":
+            return [(self.backbone, self.weights_backbone)]
+        sources = self.weights_backbone.split(",") if second != self.backbone else [self.weights_backbone]
+        return [(self.backbone, sources[0]), (second, sources[-1])]
+
+    @property
+    def weight_files(self) -> list[str]:
+        """The files of weights that a run starts from."""
+        sources = dict.fromkeys(source for _, source in self.branches if source not in ("none", "hub"))
+        return [*sources] if self.init_from is None else [self.init_from]
 
     def as_dict(self) -> dict[str, Any]:
         """Values that YAML and JSON know; `Config.from_dict` takes them back."""
@@ -164,18 +229,20 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None) -> Config:
                 raise UsageError(f"{_flag(key)} belongs to --model difnet: sim-deeplab has no walks")
     dataset = given.get("dataset") or file.get("dataset") or Config.dataset
     values: dict[str, Any] = {}
-    for layer in (_recipe(dataset), _OF_DATASET.get(dataset, {}), file, given):
+    for layer in (_chosen_recipe(dataset, given, file), _OF_DATASET.get(dataset, {}), file, given):
         if "epochs" in layer and "max_steps" in layer:
             raise UsageError("--epochs and --max-steps both give the length of the run: give one of them")
         if "epochs" in layer or "max_steps" in layer:
             values.pop("epochs", None)
             values.pop("max_steps", None)
         values.update(layer)
+    if "weights_backbone" not in values and "init_from" in values:
+        values["weights_backbone"] = "none"
     if "weights_backbone" not in values:
         # The one choice with data of one's own that has no safe default.
         raise UsageError(
             "--weights-backbone is not given: name a file of ImageNet weights, 'hub' to fetch timm's, "
-            "or 'none' to start from random weights"
+            "or 'none' to start from random weights; or name another run's weights as --init-from"
         )
     return Config(**values)
 
@@ -185,7 +252,7 @@ def with_config_options(run: Callable[..., None]) -> Callable[..., None]:
 
     The options are the fields of `Config`, `--config FILE`, and the keyword arguments of `run` itself.
     """
-    recipes = {dataset: _recipe(dataset) for dataset in RECIPES}
+    recipes = {name: _recipe(name) for name in dict.fromkeys((*RECIPES.values(), *_CHOICES))}
     own = [p for p in inspect.signature(run, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
     @functools.wraps(run)
@@ -215,14 +282,14 @@ def _cli_type_and_option(name: str, recipes: dict[str, dict[str, Any]]) -> tuple
     """A field's type on the command line, None being not given; its option, the default in its help."""
     annotated, option = get_args(_HINTS[name])
     field = _FIELDS[name]
-    if not _required(field) and field.default is not None:
-        default = f" [default: {_shown(field.default)}]"
-    elif any(name in recipe for recipe in recipes.values()):
-        shown = {dataset: _shown(recipe[name]) for dataset, recipe in recipes.items() if name in recipe}
-        if len(shown) == len(recipes) and len(set(shown.values())) == 1:
-            default = f" [default: {next(iter(shown.values()))}]"
-        else:
-            default = f" [default: {', '.join(f'{value} for {dataset}' for dataset, value in shown.items())}]"
+    fallback = {} if _required(field) or field.default is None else {name: field.default}
+    shown = {
+        key: _shown((fallback | recipe)[name]) for key, recipe in recipes.items() if name in fallback | recipe
+    }
+    if len(shown) == len(recipes) and len(set(shown.values())) == 1:
+        default = f" [default: {next(iter(shown.values()))}]"
+    elif shown:
+        default = f" [default: {', '.join(f'{value} for {recipe}' for recipe, value in shown.items())}]"
     else:
         default = ""
     option = copy.copy(option)
@@ -242,11 +309,25 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def _recipe(dataset: str) -> dict[str, Any]:
+def _chosen_recipe(dataset: str, given: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's values, and the recipe itself where there was a choice."""
+    asked = given.get("recipe") or file.get("recipe")
+    if asked != (file.get("recipe") or asked):
+        raise UsageError(
+            f"--recipe {asked}: the file of --config says {file['recipe']}, and gives its values"
+        )
+    if RECIPES[dataset] not in _CHOICES:
+        if asked:
+            raise UsageError(f"--recipe {asked} has no use with --dataset {dataset}, which has its own")
+        return _recipe(RECIPES[dataset])
+    return {"recipe": asked or RECIPES[dataset]} | _recipe(asked or RECIPES[dataset])
+
+
+def _recipe(name: str) -> dict[str, Any]:
     # In a checkout the recipes lie beside the package, in a wheel inside it.
     package = Path(__file__).parent
     folder = next(place for place in (package / "configs", package.parent / "configs") if place.is_dir())
-    file = folder / RECIPES[dataset]
+    file = folder / f"{name}.yaml"
     return _checked(_read_yaml(file), str(file))
 
 
@@ -276,10 +357,12 @@ def _checked(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 def _typed(key: str, value: Any, origin: str) -> Any:
     annotated, option = get_args(_HINTS[key])
-    if isinstance(annotated, UnionType):
+    if get_origin(annotated) in (Union, UnionType):
         annotated = next(part for part in get_args(annotated) if part is not NoneType)
     fault = UsageError(f"{origin}: {key} is {value!r}, expected {_expected(annotated, option)}")
     if get_origin(annotated) is Literal:
+        # YAML reads 32 as a number.
+        value = str(value)
         if value not in get_args(annotated):
             raise fault
         return value

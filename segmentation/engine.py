@@ -1,17 +1,19 @@
 """What training and evaluation share: building from a config, the loss, one scoring, the walks' health."""
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 import graphdiff as gd
+from segmentation import processes
 from segmentation.config import Config
 from segmentation.data import VOID, SegmentationDataset
 from segmentation.data.coco import CocoDataset
@@ -34,6 +36,40 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def check_device(config: Config, device: torch.device, count: int) -> None:
+    """Refuse what a device, or a number of processes, cannot do."""
+    on_cpu = device.type == "cpu"
+    if config.precision == "16" and on_cpu:
+        raise UsageError("--precision 16 needs a GPU: on a CPU pass --precision bf16, or 32")
+    if config.precision == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported():
+        raise UsageError("--precision bf16: this GPU has no bfloat16; pass --precision 16, or 32")
+    if config.bn == "sync" and on_cpu:
+        raise UsageError("--bn sync needs GPUs: on a CPU pass --bn train, or frozen with pretrained weights")
+    if config.bn == "sync" and count == 1:
+        raise UsageError(
+            "--bn sync needs several processes: start them by torchrun --nproc_per_node=N -m "
+            "segmentation.train ..., or pass --bn train"
+        )
+    if config.batch_size % (count * config.grad_accum_steps):
+        raise UsageError(
+            f"--batch-size {config.batch_size} is for all {count} processes together, each of which takes "
+            f"{config.grad_accum_steps} equal pieces: give a multiple of {count * config.grad_accum_steps}"
+        )
+    if config.deterministic and not on_cpu and config.model == "difnet" and {0, 1} & set(config.walks):
+        raise UsageError(
+            "--deterministic: walks 0 and 1 pool adaptively, which has no deterministic gradient on a GPU; "
+            "pass --walks 2,3,4, --model sim-deeplab or --device cpu"
+        )
+
+
+def use_deterministic(wanted: bool) -> None:
+    """Let torch take only algorithms that give the same bits each time, or any."""
+    if wanted:
+        # cuBLAS reads it when it starts, and refuses to be deterministic without it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+
+
 def build_dataset(config: Config, split: str) -> SegmentationDataset:
     """One split of the config's data set."""
     if config.dataset == "shapes":
@@ -52,18 +88,25 @@ def build_model(config: Config, num_classes: int) -> Model:
     """The config's model with random weights."""
     if config.model == "sim-deeplab":
         return SimDeepLab(config.backbone, num_classes, config.aspp)
-    return DifNet(config.backbone, num_classes, config.aspp, config.walks, config.grid_stride)
+    return DifNet(
+        config.backbone,
+        num_classes,
+        config.aspp,
+        config.walks,
+        config.grid_stride,
+        config.similarity_backbone,
+    )
 
 
-def total_steps(config: Config, images: int) -> int:
-    """Length of a run in steps; images left over at an epoch's end, too few for a batch, are dropped."""
-    steps_per_epoch = images // config.batch_size
-    if steps_per_epoch == 0:
+def steps_per_epoch(config: Config, images: int) -> int:
+    """Whole batches in a split, or --limit-train-batches; images left over at an epoch's end are dropped."""
+    steps = images // config.batch_size
+    if steps == 0:
         raise UsageError(
             f"--train-split {config.train_split} holds {images} images, fewer than a batch of "
             f"{config.batch_size}: lower --batch-size"
         )
-    return config.max_steps or (config.epochs or 0) * steps_per_epoch
+    return min(steps, config.limit_train_batches or steps)
 
 
 @dataclass
@@ -85,12 +128,14 @@ class Position:
     loss_steps: int = 0
 
 
-def parameter_groups(model: Model, fresh_parts: frozenset[str], config: Config) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: Model, fresh_parts: Sequence[frozenset[str]], config: Config
+) -> list[dict[str, Any]]:
     """SGD's groups: pretrained or fresh, with or without weight decay, and one of their own for µ_t and β_t.
 
     Args:
         model: the model.
-        fresh_parts: parts of its backbones that do not start from pretrained weights.
+        fresh_parts: of each of its backbones, the parts that do not start from pretrained weights.
         config: gives the rates and the decay.
 
     Returns:
@@ -99,15 +144,20 @@ def parameter_groups(model: Model, fresh_parts: frozenset[str], config: Config) 
     coefficients = list(model.cascade.coefficients()) if isinstance(model, DifNet) else []
     pretrained = {
         parameter
-        for backbone in model.backbones
+        for backbone, fresh in zip(model.backbones, fresh_parts, strict=True)
         for name, parameter in backbone.named_parameters()
-        if name.split(".")[0] not in fresh_parts
+        if name.split(".")[0] not in fresh
     }
-    norms = {p for module in model.modules() if isinstance(module, _BatchNorm) for p in module.parameters()}
+    norms = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, (_BatchNorm, nn.LayerNorm, nn.GroupNorm))
+        for parameter in module.parameters()
+    }
     others = [parameter for parameter in model.parameters() if all(parameter is not c for c in coefficients)]
     groups: list[dict[str, Any]] = [
         {
-            "name": f"{'pretrained' if from_file else 'fresh'}{'' if decayed else ', batch norm'}",
+            "name": f"{'pretrained' if from_file else 'fresh'}{'' if decayed else ', norm'}",
             "params": [p for p in others if (p in pretrained) == from_file and (p not in norms) == decayed],
             "lr": config.lr * (1 if from_file else config.head_lr_mult),
             "weight_decay": config.weight_decay if decayed else 0.0,
@@ -121,15 +171,17 @@ def parameter_groups(model: Model, fresh_parts: frozenset[str], config: Config) 
     ]
 
 
-def segmentation_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Mean cross-entropy over the pixels that are not void; 0 for a batch that is void throughout.
+def summed_loss(logits: Tensor, label: Tensor) -> Tensor:
+    """Cross-entropy summed over the pixels that are not void.
 
     Args:
         logits: [B, K, H, W].
         label: int64 [B, H, W].
     """
-    total = F.cross_entropy(logits, label, ignore_index=VOID, reduction="sum")
-    return total / (label != VOID).sum().clamp(min=1)
+    if torch.are_deterministic_algorithms_enabled():
+        # On a GPU only the loss of a list of pixels is deterministic, not that of a map.
+        logits, label = logits.movedim(1, -1).flatten(0, -2), label.flatten()
+    return F.cross_entropy(logits, label, ignore_index=VOID, reduction="sum")
 
 
 @torch.no_grad()
@@ -138,11 +190,13 @@ def evaluate(
 ) -> Scores | None:
     """Score a split at the images' own sizes with one confusion matrix; void and padding do not count.
 
+    Where there are several processes, each scores the images its loader gives, and all get the sum.
+
     Args:
         model: left in the mode it was in.
         loader: gives one image at a time, padded right and below, with its label unpadded.
         num_classes: of the data.
-        interrupted: asked before each image; True ends the scoring.
+        interrupted: asked before each image; True, in any process, ends the scoring.
 
     Returns:
         The scores, or None if interrupted.
@@ -150,17 +204,19 @@ def evaluate(
     device = next(model.parameters()).device
     matrix = ConfusionMatrix(num_classes, device)
     was_training = model.training
+    stopped = False
     model.eval()
     try:
         for image, label in loader:
-            if interrupted():
-                return None
+            stopped = interrupted()
+            if stopped:
+                break
             height, width = label.shape[-2:]
             logits = model(image.to(device))[..., :height, :width]
             matrix.update(logits.argmax(1), label.to(device))
     finally:
         model.train(was_training)
-    return matrix.compute()
+    return None if processes.any_of(stopped, device) else matrix.compute()
 
 
 def metrics_row(

@@ -1,5 +1,6 @@
 """Faults of the user, told in one line that names the fix."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,14 @@ class UsageError(ValueError):
 
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """End the program with exit code 2 and one line `error: ...` on stderr if a `UsageError` comes."""
+    """End the program with exit code 2 and one line `error: ...` on stderr if a `UsageError` comes.
+
+    Of several processes each tells its own, for any may be the only one at fault.
+    """
     try:
         yield
     except UsageError as fault:
         # A loader's worker process hands its fault on below a traceback of its own.
-        print(f"error: {str(fault).rsplit('UsageError: ', 1)[-1].strip()}", file=sys.stderr)
+        who = f"process {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        print(f"error: {who}{str(fault).rsplit('UsageError: ', 1)[-1].strip()}", file=sys.stderr)
         raise SystemExit(2) from None

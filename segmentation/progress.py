@@ -17,12 +17,14 @@ class Progress:
         total: steps of the whole run.
         done: steps done before.
         log_every: steps between lines where stderr is no terminal.
+        silent: whether another process tells.
     """
 
-    def __init__(self, total: int, done: int, log_every: int) -> None:
+    def __init__(self, total: int, done: int, log_every: int, silent: bool = False) -> None:
         self._total = total
         self._log_every = log_every
-        self._on_terminal = sys.stderr.isatty()
+        self._silent = silent
+        self._on_terminal = sys.stderr.isatty() and not silent
         self._bar = tqdm(
             total=total, initial=done, unit="step", dynamic_ncols=True, disable=not self._on_terminal
         )
@@ -57,8 +59,9 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line without tearing the bar."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        if not self._silent:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def close(self) -> None:
         """Leave the bar as it stands."""
@@ -66,10 +69,15 @@ class Progress:
 
 
 class StopSignal:
-    """Context in which the first SIGINT or SIGTERM is only noted, as `received`; a second acts as usual."""
+    """Context in which the first SIGINT or SIGTERM is only noted, as `received`; a second acts as usual.
 
-    def __init__(self) -> None:
+    Args:
+        patient: whether later ones are only noted too: torchrun hands on one that already reached all.
+    """
+
+    def __init__(self, patient: bool = False) -> None:
         self.received: signal.Signals | None = None
+        self._patient = patient
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -86,7 +94,8 @@ class StopSignal:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        self._restore()
+        if not self._patient:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

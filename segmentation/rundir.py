@@ -14,6 +14,7 @@ import yaml
 
 from segmentation.config import Config
 from segmentation.errors import UsageError
+from segmentation.files import told, write_text
 from segmentation.metrics import Scores
 
 _PACKAGES = ("graphdiff", "torch", "torchvision", "timm", "lightning", "torchmetrics", "safetensors", "numpy")
@@ -78,8 +79,8 @@ class RunDir:
                 file.with_name(file.name + ".partial").unlink(missing_ok=True)
         for table in (self.metrics, self.per_class):
             _keep_rows_before(table, step if evaluation_due else step + 1)
-        self.config.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
-        self.env.write_text(json.dumps(environment, indent=2) + "\n")
+        write_text(self.config, yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
+        write_text(self.env, json.dumps(environment, indent=2) + "\n")
 
     def log(self, row: Mapping[str, Any], scores: Scores, classes: tuple[str, ...]) -> None:
         """Append one scoring: a row to metrics.csv and its classes to per_class.csv."""
@@ -107,7 +108,9 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     _append(file, rows)
 
 
-def environment(config: Config, device: str, threads: int, weights_sha256: str | None) -> dict[str, Any]:
+def environment(
+    config: Config, device: str, threads: int, processes: int, weights_sha256: Mapping[str, str]
+) -> dict[str, Any]:
     """What env.json records: what one needs to know to repeat a run, beyond its config."""
     return {
         "python": platform.python_version(),
@@ -116,14 +119,15 @@ def environment(config: Config, device: str, threads: int, weights_sha256: str |
         "commit": _commit(),
         "device": device,
         "threads": threads,
+        "processes": processes,
         "seed": config.seed,
-        "weights_sha256": weights_sha256,
+        "weights_sha256": dict(weights_sha256),
     }
 
 
 def _append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     is_new = not file.exists()
-    with open(file, "a", newline="") as stream:
+    with told(file), open(file, "a", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         if is_new:
             writer.writeheader()
@@ -136,7 +140,7 @@ def _keep_rows_before(table: Path, step: int) -> None:
         return
     header, *lines = table.read_text().splitlines(keepends=True) or [""]
     kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) < step]
-    table.write_text("".join([header, *kept]))
+    write_text(table, "".join([header, *kept]))
 
 
 def _version(package: str) -> str | None:
@@ -158,9 +162,10 @@ def _commit() -> str | None:
         return None
 
 
-def weights_sha256(config: Config) -> str | None:
-    """Hash of the file the backbones start from; None if they start from no file of ours."""
-    if config.weights_backbone in ("none", "hub"):
-        return None
-    with open(config.weights_backbone, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def weights_sha256(files: Sequence[str]) -> dict[str, str]:
+    """Hash of each file."""
+    hashes = {}
+    for file in files:
+        with open(file, "rb") as stream:
+            hashes[file] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,6 +33,9 @@ HEALTH_IMAGES = 4
 PANEL_IMAGES = 6
 """Validation images drawn at the end."""
 
+FEW_FOR_BATCH_NORM = 8
+"""Below so many images the statistics of batch norm are noisy enough to cost mIoU."""
+
 
 def train(config: Config, resume: str | None = None, overwrite: bool = False) -> int:
     """Run a training as the config says, from its beginning or from a saved state.
@@ -49,93 +55,127 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     import torch
     from lightning.fabric import Fabric
 
-    from segmentation import checkpoint, engine, figures
+    from segmentation import checkpoint, engine, figures, processes
     from segmentation.data import loader
     from segmentation.data.transforms import training_transform
+    from segmentation.files import WriteFault
     from segmentation.models import DifNet
-    from segmentation.models.backbone import load_pretrained
+    from segmentation.models.backbone import load_pretrained, parts
     from segmentation.progress import Progress, StopSignal
     from segmentation.rundir import RunDir, environment, weights_sha256
+    from segmentation.trainer import Trainer
+
+    device = engine.pick_device(config.device)
+    here, machines = processes.asked_for()
+    engine.check_device(config, device, here * machines)
+    engine.use_deterministic(config.deterministic)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    fabric = Fabric(
+        accelerator=device.type,
+        devices=here,
+        num_nodes=machines,
+        strategy="ddp" if here * machines > 1 else "auto",
+        precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[config.precision],
+    )
+    fabric.launch()
+    rank, ranks = processes.rank(), processes.count()
 
     # All that can be refused is refused before the first file is written.
     run = RunDir(config.run_dir)
     state_file = run.state_to_resume(resume, overwrite)
     state = None if state_file is None else checkpoint.load_state(state_file)
-    device = engine.pick_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    all_parts = [frozenset(parts(backbone)) for backbone, _ in config.branches]
     training_set = engine.build_dataset(config, config.train_split)
     validation_set = engine.build_dataset(config, config.val_split)
     classes = training_set.classes
     if state is not None and state_file is not None:
         checkpoint.check_same_run(state, config, classes, state_file)
-    total = engine.total_steps(config, len(training_set))
+    steps_per_epoch = engine.steps_per_epoch(config, len(training_set))
+    total = config.max_steps or (config.epochs or 0) * steps_per_epoch
 
     torch.manual_seed(config.seed)
     model = engine.build_model(config, len(classes))
-    if state is None:
-        fresh_parts = load_pretrained(model.backbones, config.backbone, config.weights_backbone)
-        weights_hash = weights_sha256(config)
+    told = []
+    if state is not None:
+        # The files may be gone by now, and are not needed.
+        fresh_parts, hashes = [frozenset(fresh) for fresh in state["fresh_parts"]], state["weights_sha256"]
     else:
-        # The file may be gone by now, and is not needed.
-        fresh_parts, weights_hash = frozenset(state["fresh_parts"]), state["weights_sha256"]
-    model.to(device)
-    groups = engine.parameter_groups(model, fresh_parts, config)
-    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total, config.power)
+        if config.init_from is not None:
+            told = checkpoint.start_from(model, Path(config.init_from), classes)
+            fresh_parts = [frozenset() for _ in model.backbones]
+        else:
+            # With walk 0 alone there is no second branch.
+            started = zip(model.backbones, config.branches, strict=False)
+            fresh_parts = [load_pretrained(network, *branch) for network, branch in started]
+        hashes = weights_sha256(config.weight_files)
+    if config.bn == "frozen" and all(map(frozenset.__eq__, fresh_parts, all_parts)):
+        raise UsageError(
+            "--bn frozen keeps the statistics of pretrained weights, and the backbone has none: give "
+            "--weights-backbone or --init-from, or pass --bn train"
+        )
+    trainer = Trainer(config, model, fresh_parts, total, fabric)
     at = engine.Position()
     if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["random"])
+        trainer.restore(state)
         at = engine.Position(**state["at"])
         at.evaluation_due |= at.step == total
 
-    fabric = Fabric(accelerator=device.type, devices=1)
-    network, optimizer = fabric.setup(model, optimizer)
     samples = loader.Augmented(training_set, training_transform(config.crop_size, config.scale), config.seed)
-    sampler = loader.StepSampler(len(training_set), config.batch_size, config.seed, at.step, total)
-    batches = iter(fabric.setup_dataloaders(loader.training_loader(samples, sampler, config.workers)))
+    sampler = loader.StepSampler(
+        len(training_set), config.batch_size, config.seed, at.step, total, steps_per_epoch, rank, ranks
+    )
+    batches = iter(loader.training_loader(samples, sampler, config.workers))
     scored = loader.Evaluated(validation_set)
-    validation = loader.evaluation_loader(scored, config.workers, config.limit_val_batches)
+    validation = loader.evaluation_loader(scored, config.workers, config.limit_val_batches, rank, ranks)
     few = loader.evaluation_loader(scored, 0, HEALTH_IMAGES)
 
-    facts = environment(config, str(device), torch.get_num_threads(), weights_hash)
-    run.start(config, facts, at.step, at.evaluation_due)
-    progress = Progress(total, at.step, config.log_every)
-    for line in _introduction(config, model, fresh_parts, training_set, validation_set, total, str(device)):
+    progress = Progress(total, at.step, config.log_every, silent=rank > 0)
+    # None may still look for a run in the folder when the first one writes to it.
+    fabric.barrier()
+    if rank == 0:
+        facts = environment(config, str(fabric.device), torch.get_num_threads(), ranks, hashes)
+        run.start(config, facts, at.step, at.evaluation_due)
+    where = f"{fabric.device.type}{f', by {ranks} processes' if ranks > 1 else ''}"
+    for line in _introduction(config, model, fresh_parts, training_set, validation_set, total, where):
         progress.say(line)
+    for line in (*told, *_warnings(config, training_set, validation_set, ranks)):
+        progress.say(line)
+    saved = None if state is None else f"{state_file} holds step {at.step}"
     if state is not None:
         progress.say(f"going on after step {at.step} of {total}, from {state_file}")
 
+    def left() -> str:
+        return f"{saved}, to go on from by --resume auto" if saved else "no step was saved yet"
+
     def save_state() -> None:
-        checkpoint.save_state(
-            run.state,
-            {
-                "config": config.as_dict(),
-                "classes": list(classes),
-                "fresh_parts": sorted(fresh_parts),
-                "weights_sha256": weights_hash,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "random": torch.get_rng_state(),
-                "at": dataclasses.asdict(at),
-            },
-        )
+        nonlocal saved
+        if rank == 0:
+            checkpoint.save_state(
+                run.state,
+                {
+                    "config": config.as_dict(),
+                    "classes": list(classes),
+                    "fresh_parts": [sorted(fresh) for fresh in fresh_parts],
+                    "weights_sha256": hashes,
+                    **trainer.state(),
+                    "at": dataclasses.asdict(at),
+                },
+            )
+        saved = f"{run.state} holds step {at.step}"
 
     def record(scores: Scores, speed: float) -> None:
-        epoch = at.step / (len(training_set) // config.batch_size)
-        row = engine.metrics_row(at, epoch, float(schedule.get_last_lr()[0]), speed, scores)
-        if isinstance(model, DifNet):
-            row.update(engine.walk_columns(model, few))
-        run.log(row, scores, classes)
-        about = checkpoint.Description(config, classes, at.step, scores.miou)
-        if scores.miou > at.best_miou or not run.best.is_file():
-            at.best_miou = scores.miou
-            checkpoint.save_weights(run.best, model, about)
-        checkpoint.save_weights(run.last, model, about)
+        is_best = scores.miou > at.best_miou
+        at.best_miou = max(scores.miou, at.best_miou)
+        row = engine.metrics_row(at, at.step / steps_per_epoch, trainer.lr, speed, scores)
+        if rank == 0:
+            if isinstance(trainer.scored, DifNet):
+                row.update(engine.walk_columns(trainer.scored, few))
+            run.log(row, scores, classes)
+            about = checkpoint.Description(config, classes, at.step, scores.miou, hashes)
+            if is_best or not run.best.is_file():
+                checkpoint.save_weights(run.best, trainer.scored, about)
+            checkpoint.save_weights(run.last, trainer.scored, about)
         progress.scored(at.step, row["loss"], scores.miou, scores.majority_miou)
         at.evaluation_due, at.loss_sum, at.loss_steps = False, 0.0, 0
         # Last of all: only now does a resumed run start from here.
@@ -143,86 +183,111 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
 
     scores: Scores | None = None
     steps, seconds = 0, 0.0
-    with StopSignal() as stop:
-        engine.evaluate(model, loader.evaluation_loader(scored, 0, SANITY_IMAGES), len(classes))
-        while True:
-            if at.evaluation_due:
-                scores = engine.evaluate(model, validation, len(classes), lambda: stop.received is not None)
-                if scores is None:
+    try:
+        with StopSignal(patient=ranks > 1) as stop, processes.loss_told():
+            trainer.settle()
+            few_more = loader.evaluation_loader(scored, 0, SANITY_IMAGES)
+            engine.evaluate(trainer.scored, few_more, len(classes))
+            while True:
+                if at.evaluation_due:
+                    trainer.settle()
+                    scores = engine.evaluate(
+                        trainer.scored, validation, len(classes), lambda: stop.received is not None
+                    )
+                    if scores is None:
+                        break
+                    record(scores, config.batch_size * steps / seconds if steps else math.nan)
+                    steps, seconds = 0, 0.0
+                if at.step == total or processes.any_of(stop.received is not None, fabric.device):
                     break
-                record(scores, config.batch_size * steps / seconds if steps else math.nan)
-                steps, seconds = 0, 0.0
-            if at.step == total or stop.received is not None:
-                break
-            started = time.perf_counter()
-            image, label = next(batches)
-            loss = engine.segmentation_loss(network(image), label)
-            if not math.isfinite(loss.item()):
-                left = (
-                    f"{run.state} holds an earlier step" if run.state.is_file() else "no step was saved yet"
+                started_at = time.perf_counter()
+                loss = trainer.step(*next(batches))
+                if not math.isfinite(loss):
+                    raise UsageError(f"the loss is {loss} at step {at.step + 1}: lower --lr; {left()}")
+                at.step += 1
+                at.loss_sum += loss
+                at.loss_steps += 1
+                at.evaluation_due = at.step % config.eval_every == 0 or at.step == total
+                steps += 1
+                seconds += time.perf_counter() - started_at
+                if at.step % config.checkpoint_every == 0 and not at.evaluation_due:
+                    save_state()
+                speed = config.batch_size * steps / seconds
+                progress.step(at.step, loss, trainer.lr, speed, seconds / steps)
+            progress.close()
+            if at.step < total or at.evaluation_due:
+                save_state()
+                number = stop.received or signal.SIGTERM
+                progress.say(
+                    f"stopped by {number.name} after step {at.step} of {total}; to go on: "
+                    f"python -m segmentation.train --config {run.config} --resume auto"
                 )
-                raise UsageError(f"the loss is {loss.item()} at step {at.step + 1}: lower --lr; {left}")
-            optimizer.zero_grad()
-            fabric.backward(loss)
-            optimizer.step()
-            schedule.step()
-            at.step += 1
-            at.loss_sum += loss.item()
-            at.loss_steps += 1
-            at.evaluation_due = at.step % config.eval_every == 0 or at.step == total
-            steps += 1
-            seconds += time.perf_counter() - started
-            lr = float(schedule.get_last_lr()[0])
-            progress.step(at.step, loss.item(), lr, config.batch_size * steps / seconds, seconds / steps)
-    progress.close()
-
-    if stop.received is not None:
-        save_state()
-        print(
-            f"stopped by {stop.received.name} after step {at.step} of {total}; to go on: "
-            f"python -m segmentation.train --config {run.config} --resume auto"
-        )
-        return stop.received
+                return number
+    except WriteFault as fault:
+        raise UsageError(f"{fault}; {left()}") from None
+    except processes.Lost as fault:
+        raise UsageError(f"{fault}; {left()}") from fault
+    if rank > 0:
+        return 0
     assert scores is not None  # the last step is always scored
     chosen = loader.spread(len(validation_set), PANEL_IMAGES)
-    figures.panel(model, validation_set, chosen, run.panel)
-    _report(config, model, scores, at.best_miou, classes, run)
+    figures.panel(trainer.scored, validation_set, chosen, run.panel)
+    _report(config, trainer.scored, scores, at.best_miou, classes, run)
     return 0
 
 
 def _introduction(
     config: Config,
     model: Model,
-    fresh_parts: frozenset[str],
+    fresh_parts: Sequence[frozenset[str]],
     training_set: SegmentationDataset,
     validation_set: SegmentationDataset,
     total: int,
-    device: str,
+    where: str,
 ) -> list[str]:
     """What is about to be done, in a few lines."""
-    from segmentation.models.backbone import PARTS
+    from segmentation.models.backbone import parts
 
+    starts = []
+    for (backbone, source), fresh in zip(config.branches, fresh_parts, strict=False):
+        some = [part for part in parts(backbone) if part in fresh]
+        if config.init_from is not None:
+            start = f"the backbone starts from {config.init_from}"
+        elif some == list(parts(backbone)):
+            start = "all parts of the backbone start fresh (random weights)"
+        elif some:
+            start = f"{source} covers the backbone only in part: {', '.join(some)} starts fresh"
+        else:
+            start = f"the backbone starts from {source}"
+        starts.append(start if config.similarity_backbone is None else f"{backbone}: {start}")
+    names = " and ".join(dict.fromkeys(backbone for backbone, _ in config.branches))
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    fresh = [part for part in PARTS if part in fresh_parts]
-    if fresh == list(PARTS):
-        start = "all parts of the backbone start fresh (random weights)"
-    elif fresh:
-        start = f"{config.weights_backbone} covers the backbone only in part: {', '.join(fresh)} starts fresh"
-    else:
-        start = f"the backbone starts from {config.weights_backbone}"
-    lines = [
-        f"{config.model} on {config.backbone}, {millions:.2f} M parameters, {len(training_set.classes)} "
-        f"classes; {start}",
+    return [
+        f"{config.model} on {names}, {millions:.2f} M parameters, {len(training_set.classes)} "
+        f"classes; {'; '.join(dict.fromkeys(starts))}",
         f"{config.dataset}: {len(training_set)} images to train on ({config.train_split}), "
         f"{len(validation_set)} to score ({config.val_split}); {total} steps of {config.batch_size} on "
-        f"{device}",
+        f"{where}",
     ]
+
+
+def _warnings(
+    config: Config, training_set: SegmentationDataset, validation_set: SegmentationDataset, ranks: int
+) -> list[str]:
+    """What may be meant so, but often is not."""
+    lines = []
     training_names = {training_set.name(index) for index in range(len(training_set))}
     shared = sum(validation_set.name(index) in training_names for index in range(len(validation_set)))
     if shared:
         lines.append(
             f"warning: {shared} images are in both {config.train_split!r} and {config.val_split!r}: "
             "the score says little about new images"
+        )
+    together = config.batch_size // (config.grad_accum_steps * (1 if config.bn == "sync" else ranks))
+    if config.bn != "frozen" and together < FEW_FOR_BATCH_NORM:
+        lines.append(
+            f"warning: batch norm sees {together} images at a time, and is noisy below "
+            f"{FEW_FOR_BATCH_NORM}: raise --batch-size, or with pretrained weights pass --bn frozen"
         )
     return lines
 

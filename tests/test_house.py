@@ -42,7 +42,7 @@ FLOORS = {
         [""],
     ],
     "segmentation": [
-        ["errors", "commandline"],
+        ["errors", "files", "processes", "commandline"],
         ["data", "data.transforms", "data.shapes", "data.labels", "data.folder"],
         ["data.voc", "data.archives", "data.sbd", "data.coco", "data.context", "data.loader"],
         ["models.backbone", "models.heads", "models.deeplab", "models.difnet", "models"],
@@ -50,6 +50,7 @@ FLOORS = {
         ["config"],
         ["checkpoint", "rundir", "progress", "figures", "images"],
         ["engine"],
+        ["trainer"],
         ["inference"],
         [""],
         ["prepare", "train", "evaluate", "predict"],

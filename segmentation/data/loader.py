@@ -20,34 +20,49 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     """The batches of steps first_step, ..., last_step - 1, as lists of (epoch, index).
 
     Each epoch is a permutation of the images drawn from (seed, epoch); images left over at its end, too few
-    for a batch, are dropped.
+    for a batch or beyond `steps_per_epoch`, are dropped. Where several processes share a batch, each takes
+    every so manyth image of it.
 
     Args:
         images: number of images in the split, at least batch_size.
-        batch_size: images in a batch.
+        batch_size: images in a batch, of all processes together.
         seed: of the permutations.
         first_step: steps done before.
         last_step: steps done after.
+        steps_per_epoch: batches of an epoch; as many as there are if None.
+        rank: this process's number.
+        ranks: how many processes there are.
     """
 
-    def __init__(self, images: int, batch_size: int, seed: int, first_step: int, last_step: int) -> None:
+    def __init__(
+        self,
+        images: int,
+        batch_size: int,
+        seed: int,
+        first_step: int,
+        last_step: int,
+        steps_per_epoch: int | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         self.images = images
         self.batch_size = batch_size
         self.seed = seed
         self.steps = range(first_step, last_step)
+        self.steps_per_epoch = steps_per_epoch or images // batch_size
+        self.part = slice(rank, None, ranks)
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        steps_per_epoch = self.images // self.batch_size
         drawn = -1
         for step in self.steps:
-            epoch, position = divmod(step, steps_per_epoch)
+            epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != drawn:
                 drawn, order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.images)
             chosen = order[position * self.batch_size : (position + 1) * self.batch_size]
-            yield [(epoch, int(index)) for index in chosen]
+            yield [(epoch, int(index)) for index in chosen[self.part]]
 
 
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
@@ -96,22 +111,26 @@ def training_loader(
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals_to_the_parent,
+        generator=_own_generator(),
     )
 
 
 def evaluation_loader(
-    samples: Evaluated, workers: int, limit: int | None = None
+    samples: Evaluated, workers: int, limit: int | None = None, rank: int = 0, ranks: int = 1
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """Load one image at a time, for images differ in size and must not differ by their batch mates.
 
-    With a limit, that many images spread evenly over the split.
+    With a limit, that many images spread evenly over the split. Where several processes share them, each
+    takes every so manyth, none twice.
     """
+    images = spread(len(samples), len(samples) if limit is None else limit)
     return DataLoader(
-        samples if limit is None else Subset(samples, spread(len(samples), limit)),
+        Subset(samples, images[rank::ranks]),
         batch_size=1,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals_to_the_parent,
+        generator=_own_generator(),
     )
 
 
@@ -123,6 +142,12 @@ def spread(images: int, limit: int) -> list[int]:
 
 def _derived_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
+
+def _own_generator() -> torch.Generator:
+    # A loader draws a seed when it starts; from torch's own stream that would make what follows depend on how
+    # often a run was resumed.
+    return torch.Generator().manual_seed(0)
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:

@@ -1,11 +1,14 @@
-"""ResNets of output stride 8 from timm, and the weights they start from.
+"""Networks of timm that give features at output stride 8, and the weights they start from.
 
-The stride of layer3 and layer4 is replaced by dilation 2 and 4, so an image of 8k+1 pixels becomes a map of
-k+1.
+Their last four maps are called layer1 to layer4. In a ResNet the stride of layer3 and layer4 is replaced by
+dilation 2 and 4, so an image of 8k+1 pixels becomes a map of k+1.
 """
 
+import difflib
+import functools
 import pickle
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -15,84 +18,152 @@ from torch import Tensor, nn
 
 from segmentation.errors import UsageError
 
-CHANNELS = {
-    "resnet18": (64, 128, 256, 512),
-    "resnet34": (64, 128, 256, 512),
-    "resnet50": (256, 512, 1024, 2048),
-    "resnet101": (256, 512, 1024, 2048),
-}
-"""Channels of layer1 to layer4."""
-
-PARTS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
-"""The parts of a ResNet without its classifier, as torchvision and timm both name them."""
+_KNOWN = "resnet18, resnet50, convnext_tiny, regnety_008 or efficientnet_b0"
+"""Some that do, for messages."""
 
 
-def resnet(name: str, layers: tuple[int, ...]) -> nn.Module:
-    """A ResNet that maps images [B, 3, H, W] to the outputs of the given layers (of 1 to 4), in that order.
+def network(name: str, layers: tuple[int, ...]) -> nn.Module:
+    """A backbone that maps images [B, 3, H, W] to the outputs of the given layers (of 1 to 4), in that order.
 
     It reaches no further than the last of them. It starts from random weights.
+
+    Raises:
+        UsageError: timm does not know it, or not with four maps and output stride 8.
     """
-    network: nn.Module = timm.create_model(name, features_only=True, output_stride=8, out_indices=layers)
-    return network
+    before = _maps(name) - 4
+    built: nn.Module = timm.create_model(
+        name, features_only=True, output_stride=8, out_indices=tuple(before + layer - 1 for layer in layers)
+    )
+    return built
 
 
-def load_pretrained(backbones: list[nn.Module], name: str, source: str) -> frozenset[str]:
-    """Start the backbones from ImageNet weights.
+def channels(name: str) -> tuple[int, ...]:
+    """Channels of layer1 to layer4."""
+    counts: list[int] = _whole(name).feature_info.channels()
+    return tuple(counts)
+
+
+def parts(name: str) -> tuple[str, ...]:
+    """The parts that its weights are told by, in order: for a ResNet conv1, bn1, layer1 to layer4."""
+    return tuple(dict.fromkeys(key.split(".")[0] for key in _whole(name).state_dict()))
+
+
+@functools.cache
+def _whole(name: str) -> Any:
+    """All four layers, without memory for their weights."""
+    with torch.device("meta"):
+        return network(name, layers=(1, 2, 3, 4))
+
+
+@functools.cache
+def _maps(name: str) -> int:
+    """How many maps it gives."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise UsageError(f"backbone {name!r}: timm has no such model{meant}; pass {_KNOWN}")
+    strides = _strides(name, output_stride=8)
+    if not strides or strides[-1] != 8:
+        other = strides or _strides(name)
+        found = f"strides {', '.join(str(stride) for stride in other)}" if other else "no feature maps"
+        raise UsageError(f"backbone {name} has {found}, and cannot be given output stride 8: pass {_KNOWN}")
+    if len(strides) < 4:
+        raise UsageError(f"backbone {name} has {len(strides)} feature maps, four are needed: pass {_KNOWN}")
+    return len(strides)
+
+
+def _strides(name: str, **options: int) -> list[int]:
+    """Of its maps; none where timm cannot build it."""
+    try:
+        with torch.device("meta"):
+            strides: list[int] = timm.create_model(
+                name, features_only=True, **options
+            ).feature_info.reduction()
+    except Exception:
+        # Each of timm's families refuses an option in its own way.
+        return []
+    return strides
+
+
+def load_pretrained(backbone: nn.Module, name: str, source: str) -> frozenset[str]:
+    """Start a backbone from ImageNet weights.
 
     Args:
-        backbones: networks made by `resnet(name, ...)`; each gets a copy of its own.
-        name: the ResNet's name.
+        backbone: made by `network(name, ...)`.
+        name: of the model.
         source: a file of weights under torchvision's or timm's names (.pth, .pt or .safetensors); "hub" for
             timm's hub; "none" for a start from random weights.
 
     Returns:
-        The parts (of `PARTS`) that start fresh since the source does not hold them.
+        The parts (of `parts(name)`) that start fresh since the source does not hold them.
 
     Raises:
-        UsageError: a file that is missing, unreadable, of another depth, or of no ResNet.
+        UsageError: a file that is missing, unreadable, or of another network.
     """
     if source == "none":
-        return frozenset(PARTS)
+        return frozenset(parts(name))
     if source == "hub":
-        state, origin = _read_hub(name), f"timm's {name}.tv_in1k"
+        tag = _hub_name(name)
+        state, origin = _read_hub(tag), f"timm's {tag}"
     else:
         state, origin = _read_file(Path(source)), source
-    fresh = _fit(state, name, origin)
-    for backbone in backbones:
-        backbone.load_state_dict(
-            {key: state[key] for key in backbone.state_dict() if key in state}, strict=False
-        )
+    # Networks of features join the first names of the whole model: stages.0.x becomes stages_0.x.
+    plain = {_plain(key): key for key in state}
+    fresh = _fit(state, plain, name, origin)
+    backbone.load_state_dict(
+        {key: state[plain[_plain(key)]] for key in backbone.state_dict() if _plain(key) in plain},
+        strict=False,
+    )
     return fresh
 
 
-def _fit(state: dict[str, Tensor], name: str, origin: str) -> frozenset[str]:
-    """Check a state against the whole ResNet, part by part: a part is there whole or not at all."""
-    with torch.device("meta"):
-        wanted = resnet(name, layers=(1, 2, 3, 4)).state_dict()
-    present = {key.split(".")[0] for key in state} & set(PARTS)
+def _fit(state: dict[str, Tensor], plain: dict[str, str], name: str, origin: str) -> frozenset[str]:
+    """Check a state against the whole backbone, part by part: a part is there whole or not at all."""
+    wanted = {
+        _plain(key): (key, tensor)
+        for key, tensor in _whole(name).state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
+    known = parts(name)
+    part_of = {
+        key: part
+        for key in plain
+        for part in known
+        if key.startswith(part + "_") and not key.endswith("num_batches_tracked")
+    }
+    present = set(part_of.values())
     if not present:
         raise UsageError(
-            f"{origin} holds no ResNet weights: expected names such as conv1.weight and "
-            f"layer1.0.conv1.weight, found {', '.join(sorted(state)[:3]) or 'nothing'}"
+            f"{origin} holds no weights of {name}: expected names such as {next(iter(wanted.values()))[0]}, "
+            f"found {', '.join(sorted(state)[:3]) or 'nothing'}"
         )
-    given = {key for key in state if key.split(".")[0] in PARTS and not key.endswith("num_batches_tracked")}
-    needed = {
-        key for key in wanted if key.split(".")[0] in present and not key.endswith("num_batches_tracked")
-    }
-    fault = next(iter(sorted(given ^ needed)), None)
+    needed = {key for key, (given, _) in wanted.items() if given.split(".")[0] in present}
+    fault = next(iter(sorted(part_of.keys() ^ needed)), None)
     if fault is not None:
-        fault = f"{fault} is {'in the file, not in the network' if fault in given else 'not in the file'}"
+        fault = (
+            f"{plain[fault]} is in the file, not in the network"
+            if fault in part_of
+            else f"{wanted[fault][0]} is not in the file"
+        )
     else:
-        for key in sorted(given):
-            if state[key].shape != wanted[key].shape:
-                fault = f"{key} is {_size(state[key])} in the file and {_size(wanted[key])} in the network"
+        for key in sorted(part_of):
+            tensor = state[plain[key]]
+            if tensor.shape != wanted[key][1].shape:
+                fault = (
+                    f"{plain[key]} is {_size(tensor)} in the file and {_size(wanted[key][1])} in the network"
+                )
                 break
     if fault is not None:
+        looks = f"; it looks like {_depth(state)}" if "layer1.0.conv1.weight" in state else ""
         raise UsageError(
-            f"{origin} does not fit {name}: {fault}; it looks like {_depth(state)}: "
+            f"{origin} does not fit {name}: {fault}{looks}: "
             "pass that as --backbone, or the file of the backbone wanted as --weights-backbone"
         )
-    return frozenset(PARTS) - present
+    return frozenset(known) - present
+
+
+def _plain(key: str) -> str:
+    return key.replace(".", "_")
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
@@ -119,16 +190,21 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _hub_name(name: str) -> str:
+    """A name that says which weights: torchvision's where timm has them, else timm's choice."""
+    return f"{name}.tv_in1k" if timm.list_pretrained(f"{name}.tv_in1k") else name
+
+
 def _read_hub(name: str) -> dict[str, Tensor]:
     try:
-        network = timm.create_model(f"{name}.tv_in1k", pretrained=True)
+        model = timm.create_model(name, pretrained=True)
     except Exception as fault:
         # Whatever the hub's client raises (no network, no such file, a proxy), the way out is the same.
         reason = (str(fault).splitlines() or [type(fault).__name__])[0]
         raise UsageError(
-            f"timm's hub did not give {name}.tv_in1k ({reason}): pass a local file as --weights-backbone FILE"
+            f"timm's hub did not give {name} ({reason}): pass a local file as --weights-backbone FILE"
         ) from fault
-    state: dict[str, Tensor] = network.state_dict()
+    state: dict[str, Tensor] = model.state_dict()
     return state
 
 

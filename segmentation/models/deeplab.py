@@ -6,7 +6,7 @@ logits = bilinear upsampling of ASPP(dilated ResNet(image))
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segmentation.models.backbone import CHANNELS, resnet
+from segmentation.models.backbone import channels, network
 from segmentation.models.heads import ASPP
 
 
@@ -14,19 +14,19 @@ class SimDeepLab(nn.Module):
     """DeepLabV2 reduced to atrous convolution and ASPP.
 
     Args:
-        backbone: "resnet18", "resnet34", "resnet50" or "resnet101".
+        backbone: "resnet50", or another of timm's names.
         num_classes: K.
         aspp: False puts one plain 3x3 convolution in the place of ASPP.
     """
 
     def __init__(self, backbone: str, num_classes: int, aspp: bool = True) -> None:
         super().__init__()
-        self.backbone = resnet(backbone, layers=(4,))
-        self.score = score_head(CHANNELS[backbone][3], num_classes, aspp)
+        self.backbone = network(backbone, layers=(4,))
+        self.score = score_head(channels(backbone)[3], num_classes, aspp)
 
     @property
     def backbones(self) -> list[nn.Module]:
-        """The ResNets, which may start from pretrained weights."""
+        """The networks that may start from pretrained weights."""
         return [self.backbone]
 
     def forward(self, image: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphdiff as gd
-from segmentation.models.backbone import CHANNELS, resnet
+from segmentation.models.backbone import channels, network
 from segmentation.models.deeplab import score_head, upsample
 from segmentation.models.heads import Importance
 
@@ -44,12 +44,13 @@ class DifNet(nn.Module):
     """Diffuses a score over the image by a cascade of learned random walks.
 
     Args:
-        backbone: "resnet18", "resnet34", "resnet50" or "resnet101", for both branches.
+        backbone: "resnet50", or another of timm's names, for both branches.
         num_classes: K.
         aspp: False puts one plain 3x3 convolution in the place of ASPP (the paper's noASPP).
         walks: which of the five walks to take, in rising order; (0, 2, 4) is the paper's "without 2-th
             and 4-th".
         grid_stride: pixels between neighbouring nodes of the walks' grid.
+        similarity_backbone: another one for the similarity branch.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class DifNet(nn.Module):
         aspp: bool = True,
         walks: tuple[int, ...] = WALKS,
         grid_stride: int = 8,
+        similarity_backbone: str | None = None,
     ) -> None:
         super().__init__()
         if not walks or any(walk not in WALKS for walk in walks) or list(walks) != sorted(set(walks)):
@@ -67,16 +69,17 @@ class DifNet(nn.Module):
             )
         self.walks = walks
         self.grid_stride = grid_stride
-        self.seed_branch = resnet(backbone, layers=(4,))
-        self.score = score_head(CHANNELS[backbone][3], num_classes, aspp)
+        self.seed_branch = network(backbone, layers=(4,))
+        self.score = score_head(channels(backbone)[3], num_classes, aspp)
         self.importance = Importance(num_classes)
         layers = tuple(walk for walk in walks if walk > 0)
-        self.similarity_branch = resnet(backbone, layers) if layers else None
-        self.cascade = gd.CascadedWalk([3 if walk == 0 else CHANNELS[backbone][walk - 1] for walk in walks])
+        similarity = similarity_backbone or backbone
+        self.similarity_branch = network(similarity, layers) if layers else None
+        self.cascade = gd.CascadedWalk([3 if walk == 0 else channels(similarity)[walk - 1] for walk in walks])
 
     @property
     def backbones(self) -> list[nn.Module]:
-        """The ResNets, which may start from pretrained weights."""
+        """The networks that may start from pretrained weights."""
         return (
             [self.seed_branch]
             if self.similarity_branch is None

@@ -50,8 +50,8 @@ def test_each_data_set_has_its_recipe():
 
 def test_recipes_say_everything_that_has_no_default():
     required = {field.name for field in dataclasses.fields(Config) if field.default is dataclasses.MISSING}
-    for dataset, name in RECIPES.items():
-        recipe = yaml.safe_load((ROOT / "configs" / name).read_text())
+    for dataset, name in [*RECIPES.items(), ("voc", "modern")]:
+        recipe = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
         assert required - set(recipe) == ({"weights_backbone"} if dataset != "shapes" else set())
 
 
@@ -144,8 +144,9 @@ def test_help_lists_every_option_with_its_default(monkeypatch, capsys):
         "[default: shapes]",
         "[default: 0.9]",
         "[default: 0,1,2,3,4]",
-        "200 for voc",
-        "321 for voc",
+        "200 for paper",
+        "513 for modern",
+        "0.999 for modern",
     ):
         assert default in text
     for option in ("--no-aspp", "--config", "--resume", "--overwrite"):

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from segmentation.errors import UsageError
 from segmentation.models import DifNet, SimDeepLab
-from segmentation.models.backbone import PARTS, load_pretrained, resnet
+from segmentation.models.backbone import load_pretrained, network, parts
 
 PARAMETERS = {
     ("difnet", "resnet18"): 22_807_628,
@@ -104,13 +104,13 @@ def test_walks_that_do_not_exist_are_refused(walks):
 @pytest.mark.parametrize(("side", "cells"), [(321, 41), (505, 64), (97, 13), (100, 13)])
 def test_backbones_have_stride_8(name, side, cells):
     with torch.device("meta"):
-        layers = resnet(name, (1, 2, 3, 4))(torch.empty(1, 3, side, side))
+        layers = network(name, (1, 2, 3, 4))(torch.empty(1, 3, side, side))
     assert [layer.shape[-1] for layer in layers[1:]] == 3 * [cells]
 
 
 def saved(tmp_path, name, keep=lambda key: True, suffix=".pth"):
     torch.manual_seed(5)
-    state = {key: value for key, value in resnet(name, (1, 2, 3, 4)).state_dict().items() if keep(key)}
+    state = {key: value for key, value in network(name, (1, 2, 3, 4)).state_dict().items() if keep(key)}
     file = tmp_path / f"{name}{suffix}"
     save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
     return file, state
@@ -120,7 +120,7 @@ def saved(tmp_path, name, keep=lambda key: True, suffix=".pth"):
 def test_weights_are_loaded_into_every_branch(tmp_path, suffix):
     file, state = saved(tmp_path, "resnet18", suffix=suffix)
     model = DifNet("resnet18", 3, walks=(0, 2))
-    assert load_pretrained(model.backbones, "resnet18", str(file)) == frozenset()
+    assert [load_pretrained(each, "resnet18", str(file)) for each in model.backbones] == 2 * [frozenset()]
     torch.testing.assert_close(
         model.seed_branch.state_dict()["layer4.1.bn2.weight"], state["layer4.1.bn2.weight"]
     )
@@ -132,25 +132,25 @@ def test_weights_are_loaded_into_every_branch(tmp_path, suffix):
 def test_a_classifier_in_the_file_is_ignored(tmp_path):
     file, state = saved(tmp_path, "resnet18")
     torch.save(state | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}, file)
-    assert load_pretrained([resnet("resnet18", (4,))], "resnet18", str(file)) == frozenset()
+    assert load_pretrained(network("resnet18", (4,)), "resnet18", str(file)) == frozenset()
 
 
 def test_parts_the_file_lacks_start_fresh(tmp_path):
     file, _ = saved(tmp_path, "resnet18", keep=lambda key: not key.startswith("layer4"))
-    assert load_pretrained([resnet("resnet18", (4,))], "resnet18", str(file)) == {"layer4"}
-    assert load_pretrained([resnet("resnet18", (4,))], "resnet18", "none") == set(PARTS)
+    assert load_pretrained(network("resnet18", (4,)), "resnet18", str(file)) == {"layer4"}
+    assert load_pretrained(network("resnet18", (4,)), "resnet18", "none") == set(parts("resnet18"))
 
 
 def test_the_real_file_covers_all_but_layer4(real_data):
     file = real_data / "weights" / "resnet18_imagenet_to_layer3.pth"
-    backbone = resnet("resnet18", (4,))
+    backbone = network("resnet18", (4,))
     before = backbone.state_dict()["layer4.0.conv1.weight"].clone()
-    assert load_pretrained([backbone], "resnet18", str(file)) == {"layer4"}
+    assert load_pretrained(backbone, "resnet18", str(file)) == {"layer4"}
     after = backbone.state_dict()
     assert torch.equal(after["layer4.0.conv1.weight"], before)
     assert after["layer3.1.conv2.weight"].dtype == torch.float32
     with pytest.raises(UsageError, match=r"does not fit resnet50.*it looks like resnet18"):
-        load_pretrained([], "resnet50", str(file))
+        load_pretrained(network("resnet18", (4,)), "resnet50", str(file))
 
 
 @pytest.mark.parametrize(
@@ -169,19 +169,22 @@ def test_another_depth_is_refused(tmp_path, has, wants):
     with pytest.raises(
         UsageError, match=f"does not fit {wants}: .*it looks like {has}: pass that as --backbone"
     ):
-        load_pretrained([], wants, str(file))
+        load_pretrained(network("resnet18", (4,)), wants, str(file))
 
 
 def test_files_without_resnet_weights_are_refused(tmp_path):
     file = tmp_path / "weights.pth"
     with pytest.raises(UsageError, match="no such file; name a file of ImageNet weights"):
-        load_pretrained([], "resnet18", str(file))
+        load_pretrained(network("resnet18", (4,)), "resnet18", str(file))
     torch.save({"module.conv1.weight": torch.zeros(1)}, file)
-    with pytest.raises(UsageError, match=r"holds no ResNet weights: .* found module\.conv1\.weight"):
-        load_pretrained([], "resnet18", str(file))
+    with pytest.raises(
+        UsageError,
+        match=r"holds no weights of resnet18: expected names such as .*, found module\.conv1\.weight",
+    ):
+        load_pretrained(network("resnet18", (4,)), "resnet18", str(file))
     torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}}, file)
     with pytest.raises(UsageError, match="is no plain state dict of names and tensors"):
-        load_pretrained([], "resnet18", str(file))
+        load_pretrained(network("resnet18", (4,)), "resnet18", str(file))
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UsageError, match="cannot be read as a state dict of tensors"):
-        load_pretrained([], "resnet18", str(file))
+        load_pretrained(network("resnet18", (4,)), "resnet18", str(file))

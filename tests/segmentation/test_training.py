@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from segmentation import engine
-from segmentation.checkpoint import Description, save_weights
+from segmentation.checkpoint import Description, load_weights, save_weights
 from segmentation.config import Config, resolve
 from segmentation.data.loader import Augmented, Evaluated, evaluation_loader
 from segmentation.data.shapes import ShapesDataset
@@ -26,11 +26,12 @@ from segmentation.data.transforms import training_transform
 from segmentation.errors import UsageError
 from segmentation.evaluate import evaluate
 from segmentation.models import DifNet, SimDeepLab
-from segmentation.models.backbone import PARTS, resnet
+from segmentation.models.backbone import network, parts
 from segmentation.train import train
 from tests.segmentation.conftest import UNBROKEN, tiny, write_voc
 
 ROOT = Path(__file__).parents[2]
+ALL_FRESH = 2 * [frozenset(parts("resnet18"))]
 
 
 def rows(file):
@@ -67,14 +68,16 @@ def test_a_run_leaves_what_it_promises(unbroken):
 
 def test_the_hash_of_the_weight_file_outlives_the_file(tmp_path):
     file = tmp_path / "imagenet.pth"
-    torch.save(resnet("resnet18", (1, 2, 3, 4)).state_dict(), file)
+    torch.save(network("resnet18", (1, 2, 3, 4)).state_dict(), file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     run = tmp_path / "run"
     config = tiny(run, model="sim-deeplab", aspp=False, weights_backbone=str(file), max_steps=1)
     assert train(config) == 0
     file.unlink()
     assert train(config, resume="auto") == 0
-    assert json.loads((run / "env.json").read_text())["weights_sha256"] == digest
+    assert json.loads((run / "env.json").read_text())["weights_sha256"] == {str(file): digest}
+    _, about = load_weights(run / "best.safetensors")
+    assert about.weights_sha256 == {str(file): digest}
 
 
 def test_evaluate_gives_the_score_of_training(unbroken, tmp_path, capsys):
@@ -108,7 +111,7 @@ def test_the_loss_falls_on_images_seen_again_and_again():
     torch.manual_seed(6)
     config = resolve({"lr": 0.02}, None)
     model = DifNet("resnet18", 6)
-    optimizer = torch.optim.SGD(engine.parameter_groups(model, frozenset(PARTS), config), momentum=0.9)
+    optimizer = torch.optim.SGD(engine.parameter_groups(model, ALL_FRESH, config), momentum=0.9)
     samples = Augmented(ShapesDataset("train"), training_transform(65, (1.0, 1.0)), seed=0)
     image, label = (
         torch.stack(parts) for parts in zip(*(samples[0, index] for index in range(4)), strict=True)
@@ -116,7 +119,7 @@ def test_the_loss_falls_on_images_seen_again_and_again():
     losses = []
     for _ in range(20):
         optimizer.zero_grad()
-        loss = engine.segmentation_loss(model(image), label)
+        loss = engine.summed_loss(model(image), label) / label.numel()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -144,21 +147,23 @@ def test_the_first_walks_coefficients_stay_equal(tmp_path):
 def test_parameters_are_grouped_by_rate_and_decay():
     config = resolve({"lr": 0.1, "head_lr_mult": 10.0, "weight_decay": 0.3}, None)
     model = DifNet("resnet18", 3)
-    groups = {group["name"]: group for group in engine.parameter_groups(model, frozenset({"layer4"}), config)}
+    groups = {
+        group["name"]: group for group in engine.parameter_groups(model, 2 * [frozenset({"layer4"})], config)
+    }
     assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     members = {key: {names[id(p)] for p in group["params"]} for key, group in groups.items()}
     rates = {key: (group["lr"], group["weight_decay"]) for key, group in groups.items()}
     assert rates == {
-        "pretrained": (0.1, 0.3), "pretrained, batch norm": (0.1, 0.0),
-        "fresh": (1.0, 0.3), "fresh, batch norm": (1.0, 0.0), "µ, β": (1.0, 0.0),
+        "pretrained": (0.1, 0.3), "pretrained, norm": (0.1, 0.0),
+        "fresh": (1.0, 0.3), "fresh, norm": (1.0, 0.0), "µ, β": (1.0, 0.0),
     }  # fmt: skip
     assert len(members["µ, β"]) == 10
     assert "seed_branch.layer3.0.conv1.weight" in members["pretrained"]
-    assert "similarity_branch.bn1.bias" in members["pretrained, batch norm"]
+    assert "similarity_branch.bn1.bias" in members["pretrained, norm"]
     assert {"seed_branch.layer4.0.conv1.weight", "score.convs.0.bias"} <= members["fresh"]
-    assert {"similarity_branch.layer4.0.bn1.weight", "importance.0.weight"} <= members["fresh, batch norm"]
-    assert not engine.parameter_groups(model, frozenset(PARTS), config)[0]["params"]
+    assert {"similarity_branch.layer4.0.bn1.weight", "importance.0.weight"} <= members["fresh, norm"]
+    assert not engine.parameter_groups(model, ALL_FRESH, config)[0]["params"]
 
 
 def test_walk_columns_are_those_of_the_dense_matrices():
@@ -181,11 +186,12 @@ def test_void_neither_trains_nor_counts():
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
     label = torch.randint(0, 3, (2, 4, 4))
     label[0] = 255
-    loss = engine.segmentation_loss(logits, label)
-    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits[1:], label[1:]))
+    loss = engine.summed_loss(logits, label)
+    expected = torch.nn.functional.cross_entropy(logits[1:], label[1:], reduction="sum")
+    torch.testing.assert_close(loss, expected)
     loss.backward()
     assert not logits.grad[0].any()
-    assert engine.segmentation_loss(logits, torch.full_like(label, 255)) == 0
+    assert engine.summed_loss(logits, torch.full_like(label, 255)) == 0
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
