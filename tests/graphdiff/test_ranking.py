@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
 
 import graphdiff as gd
 from tests.graphdiff.zoo import oracle, problems
@@ -107,6 +108,22 @@ def test_gradients_in_weights_mu_and_P():
     assert ((g * weights).sum(-2).abs() < 1e-10).all()
     (g,) = torch.autograd.grad(ranked(affinity, weights, mu).sum(), mu)
     assert abs(g) < 1e-10
+
+
+def test_gradients_of_a_walk_that_restarts_where_it_is_stuck():
+    """The signal is in P too: both paths reach the personalization, the weights and µ."""
+    edges = torch.tensor([[0, 0, 1, 2, 3], [1, 2, 2, 0, 4]])
+    g = torch.Generator().manual_seed(3)
+    weight, restart = (0.2 + torch.rand(shape, generator=g, dtype=torch.float64) for shape in ((5,), (5, 2)))
+    mu = torch.tensor([[0.6, 0.85]], dtype=torch.float64)
+
+    def ranked(weight, restart, mu):
+        walk = gd.SparseTransition.from_edge_index(edges, weight, 5, dangling="restart")
+        return gd.pagerank(walk, restart, mu, tol=1e-13, on_failure="ignore").value
+
+    leaves = [x.requires_grad_() for x in (weight, restart, mu)]
+    assert gradcheck(ranked, leaves)
+    assert gradgradcheck(ranked, leaves, atol=1e-4)
 
 
 # --- input
