@@ -182,7 +182,8 @@ def _known(solver: str) -> str:
 
 @torch.library.custom_op("graphdiff::diffuse_attention", mutates_args=())
 def _diffuse_attention(psi: Tensor, scale: float, s: Tensor, mu: Tensor, tol: float, solver: str) -> Tensor:
-    return diffuse(AttentionTransition(psi, scale=scale), s, mu, tol=tol, solver=_KNOWN[solver])
+    # A compiler counts on the strides that the fake below promises.
+    return diffuse(AttentionTransition(psi, scale=scale), s, mu, tol=tol, solver=_KNOWN[solver]).contiguous()
 
 
 @_diffuse_attention.register_fake
@@ -203,15 +204,19 @@ def _diffuse_attention_backward(
     g_rhs, g_mu, (g_psi,) = gradients(call, m, y.to(wide), g, (True, True))
     assert g_mu is not None
     assert g_psi is not None
-    g_s = ((1 - m) * g_rhs).sum_to_size(s.shape)
-    return g_psi, g_s.to(s.dtype), (g_mu.sum() - (g_rhs * s).sum()).to(mu.dtype).reshape(mu.shape)
+    g_s = ((1 - m) * g_rhs).sum_to_size(s.shape).to(s.dtype)
+    return (
+        g_psi.contiguous(),
+        g_s.contiguous(),
+        (g_mu.sum() - (g_rhs * s).sum()).to(mu.dtype).reshape(mu.shape),
+    )
 
 
 @_diffuse_attention_backward.register_fake
 def _(
     psi: Tensor, scale: float, s: Tensor, mu: Tensor, tol: float, solver: str, y: Tensor, g: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(psi), torch.empty_like(s), torch.empty_like(mu)
+    return psi.new_empty(psi.shape), s.new_empty(s.shape), mu.new_empty(mu.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
