@@ -54,7 +54,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _told(path: Path, fault: OSError) -> str:
-    return f"{path} could not be written ({fault.strerror}): free space there, or name another --output-dir"
+    return f"{path} could not be written ({fault.strerror}): free space there, or name another folder"
 
 
 class _Remembering(FileIO):

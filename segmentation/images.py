@@ -12,9 +12,10 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as transforms
 
-from segmentation.data.labels import opened, save_label, voc_palette, written_whole
+from segmentation.data.labels import opened, save_label, voc_palette
 from segmentation.data.voc import VOC_CLASSES
 from segmentation.errors import UsageError
+from segmentation.files import whole
 
 SUBMISSION = "results/VOC2012/Segmentation/comp6_test_cls"
 """Folder in the archive that VOC's evaluation server takes (comp6: models trained on any data)."""
@@ -71,11 +72,11 @@ def write_result(
     label = logits.argmax(0).cpu().numpy().astype(np.uint8)
     if overlay:
         mixed: NDArray[np.uint8] = image.permute(1, 2, 0).numpy() // 2 + voc_palette()[label] // 2
-        with written_whole(out / "overlays" / f"{name}.png") as partial:
-            Image.fromarray(mixed).save(partial, format="PNG")
+        with whole(out / "overlays" / f"{name}.png") as file:
+            Image.fromarray(mixed).save(file, format="PNG")
     if probabilities:
         shares = logits.softmax(0).half().cpu().numpy()
-        with written_whole(out / "probabilities" / f"{name}.npy") as partial, open(partial, "wb") as file:
+        with whole(out / "probabilities" / f"{name}.npy") as file:
             np.save(file, shares)
     # Last: where the label is, all of the image's results are.
     save_label(out / f"{name}.png", label)
@@ -92,11 +93,11 @@ def write_submission(archive: Path, sizes: dict[str, tuple[int, int]]) -> None:
     Raises:
         UsageError: a file in it is not what the server takes.
     """
-    with written_whole(archive) as partial:
-        with tarfile.open(partial, "w:gz") as tar:
+    with whole(archive) as file:
+        with tarfile.open(fileobj=file, mode="w:gz") as tar:
             for identifier in sizes:
                 tar.add(archive.parent / f"{identifier}.png", f"{SUBMISSION}/{identifier}.png")
-        check_submission(partial, sizes)
+        check_submission(Path(str(file.name)), sizes)
 
 
 def check_submission(archive: Path, sizes: dict[str, tuple[int, int]]) -> None:

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from segmentation.errors import UsageError, told_in_one_line
+from segmentation.commandline import run
+from segmentation.errors import UsageError
 
 
 def main(
@@ -39,13 +40,5 @@ def main(
         raise typer.Exit(1)
 
 
-def run_command_line() -> None:
-    """Parse the arguments and run; faults of the user end in one line and exit code 2."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command()(main)
-    with told_in_one_line():
-        app()
-
-
 if __name__ == "__main__":
-    run_command_line()
+    run(main)

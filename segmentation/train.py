@@ -135,6 +135,10 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     fabric.barrier()
     if rank == 0:
         facts = environment(config, str(fabric.device), torch.get_num_threads(), ranks, hashes)
+        facts["labels"] = {
+            config.train_split: training_set.label_source,
+            config.val_split: validation_set.label_source,
+        }
         run.start(config, facts, at.step, at.evaluation_due)
     where = f"{fabric.device.type}{f', by {ranks} processes' if ranks > 1 else ''}"
     for line in _introduction(config, model, fresh_parts, training_set, validation_set, total, where):
@@ -268,6 +272,7 @@ def _introduction(
         f"{config.dataset}: {len(training_set)} images to train on ({config.train_split}), "
         f"{len(validation_set)} to score ({config.val_split}); {total} steps of {config.batch_size} on "
         f"{where}",
+        f"labels to train on: {training_set.label_source}; to score: {validation_set.label_source}",
     ]
 
 

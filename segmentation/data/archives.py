@@ -7,10 +7,12 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from gzip import BadGzipFile
 from pathlib import Path
 
 from segmentation.data.folder import folders_below
 from segmentation.errors import UsageError
+from segmentation.files import told
 
 
 @dataclass(frozen=True)
@@ -42,26 +44,31 @@ def unpack(root: Path, archives: tuple[Archive, ...], say: Callable[[str], None]
     """Unpack what lies in root as an archive but not as a folder.
 
     Raises:
-        UsageError: an archive is damaged, or holds something else.
+        UsageError: an archive is damaged or holds something else, or the disk is full.
     """
     for archive in packed(root, archives):
         file, partial, target = root / archive.name, root / f"{archive.name}.partial", root / archive.folder
         say(f"unpacking {file}")
         shutil.rmtree(partial, ignore_errors=True)
-        try:
-            if file.suffix == ".zip":
-                with zipfile.ZipFile(file) as zipped:
-                    zipped.extractall(partial)
-            else:
-                with tarfile.open(file) as tarred:
-                    tarred.extractall(partial, filter="data")
-        except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as fault:
-            raise UsageError(f"{file} cannot be unpacked ({fault}): fetch it again, {archive}") from None
+        with told(partial):
+            try:
+                _extract(file, partial)
+            except (EOFError, BadGzipFile, tarfile.TarError, zipfile.BadZipFile, zlib.error) as fault:
+                raise UsageError(f"{file} cannot be unpacked ({fault}): fetch it again, {archive}") from None
         if not (partial / archive.folder).is_dir():
             raise UsageError(f"{file} holds no folder {archive.folder}: fetch it again, {archive}")
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(partial / archive.folder, target)
         shutil.rmtree(partial)
+
+
+def _extract(file: Path, target: Path) -> None:
+    if file.suffix == ".zip":
+        with zipfile.ZipFile(file) as zipped:
+            zipped.extractall(target)
+    else:
+        with tarfile.open(file) as tarred:
+            tarred.extractall(target, filter="data")
 
 
 def packed(root: Path, archives: tuple[Archive, ...]) -> list[Archive]:

@@ -28,8 +28,9 @@ from segmentation.data.folder import (
     overlap,
     read_ids,
 )
-from segmentation.data.labels import Label, read_mat, save_label, write_list, written_whole
+from segmentation.data.labels import Label, read_mat, save_label, write_list
 from segmentation.errors import UsageError
+from segmentation.files import write_text
 
 CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -137,8 +138,7 @@ def prepare(root: Path, say: Callable[[str], None]) -> None:
     if where.origin not in (None, source):
         raise UsageError(f"{masks} was made from {where.origin}, not {source}: delete it, or put that back")
     masks.mkdir(exist_ok=True)
-    with written_whole(masks / "classes.json") as partial:
-        partial.write_text(json.dumps({"classes": CLASSES, "source": source}, indent=2) + "\n")
+    write_text(masks / "classes.json", json.dumps({"classes": CLASSES, "source": source}, indent=2) + "\n")
     made = 0
     everything = [identifier for split in lists.values() for identifier in split]
     # tqdm draws a bar on a terminal and nothing elsewhere.

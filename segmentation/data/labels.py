@@ -1,10 +1,9 @@
-"""Files of images and labels: read strictly, written whole or not at all.
+"""Files of images and labels, read strictly.
 
 Label files hold class indices, as palette (P) or grey (L) PNGs; they are read as they are, since a conversion
 through RGB turns indices into other indices without a word.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from segmentation.errors import UsageError
+from segmentation.files import whole, write_text
 
 Label = NDArray[np.uint8]
 
@@ -33,18 +33,17 @@ def voc_palette() -> NDArray[np.uint8]:
 
 
 def save_label(path: Path, label: Label) -> None:
-    """Write class indices [H, W] as a PNG with VOC's palette."""
+    """Write class indices [H, W] as a PNG with VOC's palette, whole or not at all."""
     file = Image.fromarray(label, mode="P")
     file.putpalette(voc_palette().tobytes())
-    with written_whole(path) as partial:
-        file.save(partial, format="PNG")
+    with whole(path) as stream:
+        file.save(stream, format="PNG")
 
 
 def write_list(path: Path, identifiers: list[str]) -> None:
     """Write a split's list, one ID a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as partial:
-        partial.write_text("".join(f"{identifier}\n" for identifier in identifiers))
+    write_text(path, "".join(f"{identifier}\n" for identifier in identifiers))
 
 
 def read_mat(path: Path, *fields: str) -> NDArray[np.integer[Any]]:
@@ -81,17 +80,6 @@ def read_mat(path: Path, *fields: str) -> NDArray[np.integer[Any]]:
         ) from None
     array: NDArray[np.integer[Any]] = value
     return array
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A name to write under; at the end of the block the file moves to `path`.
-
-    So a file under its own name is whole, and work that was interrupted may skip it.
-    """
-    partial = path.with_name(path.name + ".partial")
-    yield partial
-    os.replace(partial, path)
 
 
 @contextmanager

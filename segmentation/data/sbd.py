@@ -5,7 +5,6 @@ keeps VOC's label, so that scores are always taken on SegmentationClass.
 """
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,9 +21,10 @@ from segmentation.data.folder import (
     overlap,
     read_ids,
 )
-from segmentation.data.labels import read_mat, save_label, write_list, written_whole
+from segmentation.data.labels import read_mat, save_label, write_list
 from segmentation.data.voc import VOC_CLASSES
 from segmentation.errors import UsageError
+from segmentation.files import whole
 
 VOC_TRAIN, VOC_VAL, TRAINAUG = 1464, 1449, 10582
 """Images of the full lists."""
@@ -212,8 +212,8 @@ def _write_labels(trainaug: list[str], root: Path, sbd: Path) -> int:
         if target.is_file():
             continue
         if own.is_file():
-            with written_whole(target) as partial:
-                shutil.copyfile(own, partial)
+            with whole(target) as stream:
+                stream.write(own.read_bytes())
         else:
             file = sbd / "cls" / f"{identifier}.mat"
             label = read_mat(file, "GTcls", "Segmentation")

@@ -1,5 +1,6 @@
 """`python -m segmentation.prepare`, and a short training on what it made."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,9 @@ def test_what_was_prepared_trains(dataset, request, tmp_path):
     )  # fmt: skip
     assert config.train_split == ("trainaug" if dataset == "voc-aug" else "train")
     assert train(config) == 0
+    labels = json.loads((tmp_path / "run" / "env.json").read_text())["labels"]
+    assert labels["val"].startswith("SegmentationClass")
+    assert ("459 labels (.mat)" in labels["val"]) == (dataset == "context")
     assert (tmp_path / "run" / "best.safetensors").is_file()
 
 

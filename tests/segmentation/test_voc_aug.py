@@ -1,5 +1,6 @@
 """VOC 2012 with SBD: trainaug computed, labels made, checked, trained on."""
 
+import errno
 import os
 import tarfile
 
@@ -131,6 +132,18 @@ def test_interrupted_work_goes_on_and_half_a_file_is_no_label(folder, monkeypatc
     assert lines[0].endswith("2 labels written, 2 were there")
     assert (made / "scene_0.png").stat().st_mtime_ns == before
     assert said(sbd.check, folder)[0] == []
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_no_half_label(folder, monkeypatch):
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        UsageError, match=r"scene_0\.png could not be written \(No space left on device\): free"
+    ):
+        sbd.prepare(folder, print)
+    assert not list((folder / VOC / "SegmentationClassAug").iterdir())
 
 
 def test_a_broken_mat_file_is_named_and_the_rest_resumes(folder):
