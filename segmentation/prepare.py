@@ -35,7 +35,7 @@ def main(
     faults = source.check(root, print)
     for fault in faults:
         print(f"wrong: {fault}")
-    print(f"{len(faults)} faults" if faults else "all is well")
+    print(f"{len(faults)} to mend" if faults else "all is well")
     if faults:
         raise typer.Exit(1)
 

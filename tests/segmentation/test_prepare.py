@@ -34,7 +34,7 @@ def test_the_command_prepares_and_checks_and_its_exit_code_tells(voc_aug):  # no
     done = call("voc-aug", "--root", voc_aug, "--check")
     assert done.returncode == 1
     assert "wrong: there is no SBD below --root, nor" in done.stdout
-    assert done.stdout.splitlines()[-1] == "1 faults"
+    assert done.stdout.splitlines()[-1] == "1 to mend"
     done = call("voc-aug", "--root", voc_aug)
     assert (done.returncode, done.stderr) == (0, "")
     assert (
