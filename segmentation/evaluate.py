@@ -12,6 +12,7 @@ import typer
 
 from segmentation import commandline
 from segmentation.errors import UsageError
+from segmentation.files import told
 
 if TYPE_CHECKING:
     from segmentation.boundary import BoundaryIoU, Trimap
@@ -92,6 +93,11 @@ def evaluate(
             "give --data-path the data it was trained for"
         )
 
+    if out is not None:
+        # Before the scoring, which may take hours.
+        with told(out):
+            out.mkdir(parents=True, exist_ok=True)
+
     place = next(model.parameters()).device
     matrix = ConfusionMatrix(len(classes), place)
     trimap, inner, fragments = Trimap(len(classes)), BoundaryIoU(len(classes)), Fragments(len(classes))
@@ -142,19 +148,19 @@ def evaluate(
         print(_border_lines(trimap, inner, scattered))
 
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        rundir.write_rows(out / "per_class.csv", rows)
-        np.save(out / "confusion.npy", scores.confusion)
-        # JSON knows no nan.
-        known = {key: None if value != value else value for key, value in numbers.items()}
-        (out / "metrics.json").write_text(json.dumps(known, indent=2) + "\n")
         written = ["confusion.npy", "metrics.json", "per_class.csv"]
-        if boundary:
-            rundir.write_rows(out / "trimap.csv", _trimap_rows(trimap))
-            written.append("trimap.csv")
-        if panel:
-            figures.panel(model, dataset, loader.spread(len(dataset), panel), out / "panel.png")
-            written.append("panel.png")
+        with told(out):
+            rundir.write_rows(out / "per_class.csv", rows)
+            np.save(out / "confusion.npy", scores.confusion)
+            # JSON knows no nan.
+            known = {key: None if value != value else value for key, value in numbers.items()}
+            (out / "metrics.json").write_text(json.dumps(known, indent=2) + "\n")
+            if boundary:
+                rundir.write_rows(out / "trimap.csv", _trimap_rows(trimap))
+                written.append("trimap.csv")
+            if panel:
+                figures.panel(model, dataset, loader.spread(len(dataset), panel), out / "panel.png")
+                written.append("panel.png")
         print(f"wrote {', '.join(str(out / name) for name in written)}")
     return scores
 
@@ -212,7 +218,7 @@ def main(
         typer.Option("--boundary", help="Measure borders (trimap, boundary IoU) and fragmentation too."),
     ] = False,
     panel: Annotated[int, typer.Option(help="Images to draw, spread evenly over the split.", min=0)] = 0,
-    workers: Annotated[int, typer.Option(help="Processes that load data; 0 loads in this one.", min=0)] = 2,
+    workers: Annotated[int, typer.Option(help="Processes that load data; 0 loads in this one.", min=0)] = 4,
     device: commandline.Device = "auto",
     threads: commandline.Threads = 0,
     limit_batches: Annotated[

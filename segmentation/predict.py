@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +12,7 @@ import typer
 
 from segmentation import commandline
 from segmentation.errors import UsageError
+from segmentation.files import told
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Of the files that are taken for images in a folder."""
@@ -87,30 +87,30 @@ def predict(
     place, size = next(model.parameters()).device, scored_size(about.config)
     sizes: dict[str, tuple[int, int]] = {}
     skipped: list[Path] = []
-    with _told_if_unwritable(out):
-        for folder, asked in ((".", True), ("overlays", overlay), ("probabilities", probabilities)):
-            if asked:
+    for folder, asked in ((".", True), ("overlays", overlay), ("probabilities", probabilities)):
+        if asked:
+            with told(out / folder):
                 (out / folder).mkdir(parents=True, exist_ok=True)
-        # tqdm draws a bar on a terminal and nothing elsewhere.
-        for file, name in zip(tqdm(files, unit="image", disable=None), names, strict=True):
-            try:
-                image = images.read_image(file, max_size)
-            except UsageError as fault:
-                tqdm.write(f"skipped: {fault}", file=sys.stderr)
-                skipped.append(file)
-                continue
-            normalised = normalise()(image).as_subclass(torch.Tensor)
-            logits = views.logits(model, normalised[None].to(place), size)[0]
-            sizes[name] = images.write_result(out, name, image, logits, overlay, probabilities)
-        done = f"{len(sizes)} of {len(files)} images segmented into {out}"
-        if voc_submission and skipped:
-            done += "; no archive, which needs all of them"
-        elif voc_submission:
-            archive = out / "comp6_test_cls.tar.gz"
-            images.write_submission(archive, sizes)
-            done += f"; {archive} holds them"
-            if len(sizes) != VOC_TEST_IMAGES:
-                done += f", but the server wants all {VOC_TEST_IMAGES} of VOC's test list"
+    # tqdm draws a bar on a terminal and nothing elsewhere.
+    for file, name in zip(tqdm(files, unit="image", disable=None), names, strict=True):
+        try:
+            image = images.read_image(file, max_size)
+        except UsageError as fault:
+            tqdm.write(f"skipped: {fault}", file=sys.stderr)
+            skipped.append(file)
+            continue
+        normalised = normalise()(image).as_subclass(torch.Tensor)
+        logits = views.logits(model, normalised[None].to(place), size)[0]
+        sizes[name] = images.write_result(out, name, image, logits, overlay, probabilities)
+    done = f"{len(sizes)} of {len(files)} images segmented into {out}"
+    if voc_submission and skipped:
+        done += "; no archive, which needs all of them"
+    elif voc_submission:
+        archive = out / "comp6_test_cls.tar.gz"
+        images.write_submission(archive, sizes)
+        done += f"; {archive} holds them"
+        if len(sizes) != VOC_TEST_IMAGES:
+            done += f", but the server wants all {VOC_TEST_IMAGES} of VOC's test list"
     print(done)
     return skipped
 
@@ -154,17 +154,6 @@ def _check_voc_ids(files: list[Path]) -> None:
                 f"--voc-submission: {file.stem!r} is no ID of a VOC image, such as 2008_000006: name the "
                 "images of VOC's test list alone"
             )
-
-
-@contextmanager
-def _told_if_unwritable(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as fault:
-        raise UsageError(
-            f"--out {out} cannot be written to ({fault.strerror or fault}): what is under its own name there "
-            "is whole; make room, or name another folder"
-        ) from None
 
 
 def main(

@@ -196,7 +196,7 @@ def test_images_of_more_than_8_bits_are_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on its way
-@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp", "bmp"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp", "bmp", "ppm"])
 def test_damaged_images_of_any_kind_are_the_images_fault(tmp_path, suffix):
     file = tmp_path / f"image.{suffix}"
     picture(0, 40, 30).save(file)
@@ -233,7 +233,11 @@ def test_what_cannot_be_done_at_all_is_refused_first(unbroken, pictures, tmp_pat
     refused(
         "knows 6 classes (ground, disc, ring, bar, ...)", tmp_path / "2008_000006.png", "--voc-submission"
     )
-    refused("cannot be written to (File exists)", pictures, out=pictures / "notes.txt")
+    refused(
+        "notes.txt could not be written (File exists): free space there, or name another",
+        pictures,
+        out=pictures / "notes.txt",
+    )
     assert not (tmp_path / "out").exists()
 
 
