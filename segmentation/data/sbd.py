@@ -127,7 +127,11 @@ def check(root: Path, say: Callable[[str], None]) -> list[str]:
     faults = []
     train = "trainaug"
     if not (where.root / AUGMENTED).is_dir():
-        faults.append(_lacking(where.root))
+        faults.append(
+            _lacking(where.root)
+            if _find_sbd(root) is None
+            else f"there is no {AUGMENTED} in {where.root}: run `{where.command}`"
+        )
         where, train = dataclasses.replace(where, labels=(OWN,)), "train"
     elif not (where.root / where.lists / "trainaug.txt").is_file():
         faults.append(f"{where.root / where.lists} has no trainaug.txt: run `{where.command}`")

@@ -1,13 +1,11 @@
 """`python -m segmentation.prepare`, and a short training on what it made."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from segmentation import prepare
+from segmentation import commandline, prepare
 from segmentation.config import resolve
 from segmentation.errors import UsageError
 from segmentation.train import train
@@ -16,6 +14,8 @@ from tests.segmentation.test_context import voc as context_voc  # noqa: F401 # a
 from tests.segmentation.test_context import write_mats
 from tests.segmentation.test_voc_aug import folder as voc_aug  # noqa: F401 # a fixture
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
+
 
 @pytest.fixture
 def context(context_voc):  # noqa: F811
@@ -23,32 +23,36 @@ def context(context_voc):  # noqa: F811
     return context_voc
 
 
-def call(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "segmentation.prepare", *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the program in this process; its exit code, what it wrote, its faults."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["prepare", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            commandline.run(prepare.main)
+        return caught.value.code or 0, *capsys.readouterr()
+
+    return run
 
 
-def test_the_command_prepares_and_checks_and_its_exit_code_tells(voc_aug):  # noqa: F811
-    done = call("voc-aug", "--root", voc_aug, "--check")
-    assert done.returncode == 1
-    assert "wrong: there is no SBD below --root, nor" in done.stdout
-    assert done.stdout.splitlines()[-1] == "1 to mend"
-    done = call("voc-aug", "--root", voc_aug)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert (
-        f"to read it all once: python -m segmentation.prepare voc-aug --root {voc_aug} --check" in done.stdout
-    )
-    done = call("voc-aug", "--root", voc_aug, "--check")
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "all is well")
-    done = call("voc-aug", "--root", voc_aug / "nowhere")
-    assert done.returncode == 2
+def test_the_command_prepares_and_checks_and_its_exit_code_tells(voc_aug, call):  # noqa: F811
+    code, out, _ = call("voc-aug", "--root", voc_aug, "--check")
+    assert code == 1
+    assert "wrong: there is no SegmentationClassAug in" in out
+    assert out.splitlines()[-1] == "1 to mend"
+    code, out, err = call("voc-aug", "--root", voc_aug)
+    assert (code, err) == (0, "")
+    assert f"to read it all once: python -m segmentation.prepare voc-aug --root {voc_aug} --check" in out
+    code, out, _ = call("voc-aug", "--root", voc_aug, "--check")
+    assert (code, out.splitlines()[-1]) == (0, "all is well")
+    code, _, err = call("voc-aug", "--root", voc_aug / "nowhere")
+    assert code == 2
     told = f"error: --root {voc_aug / 'nowhere'}: no such folder; name the one that holds the data or its "
-    assert done.stderr == f"{told}archives\n"
+    assert err == f"{told}archives\n"
 
 
-def test_check_writes_nothing(voc_aug):  # noqa: F811
+def test_check_writes_nothing(voc_aug, call):  # noqa: F811
     def state():
         return {path: path.stat().st_mtime_ns for path in voc_aug.rglob("*")}
 
@@ -63,7 +67,8 @@ def test_what_was_prepared_trains(dataset, request, tmp_path):
     prepare.main(dataset, folder)
     config = resolve(
         {
-            "dataset": dataset, "data_path": str(folder), "weights_backbone": "none", "backbone": "resnet18",
+            "dataset": dataset, "data_path": str(folder), "weights_backbone": "none", "model": "sim-deeplab",
+            "backbone": "resnet18",
             "output_dir": str(tmp_path / "run"), "max_steps": 1, "batch_size": 2, "crop_size": 33,
             "eval_every": 1, "limit_val_batches": 1, "device": "cpu", "threads": 1,
         },
