@@ -133,8 +133,7 @@ def draw(annotations: list[dict[str, Any]], height: int, width: int) -> Label:
     for annotation in annotations:
         inside = decoded(annotation["segmentation"], height, width)
         label[inside] = VOID if annotation["iscrowd"] else INDEX[annotation["category_id"]]
-        # A crowd's pixels stay void, whatever else covers them.
-        covered += inside * np.uint16(2 if annotation["iscrowd"] else 1)
+        covered += inside
     label[covered > 1] = VOID
     return label
 

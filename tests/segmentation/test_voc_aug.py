@@ -199,10 +199,13 @@ def test_a_damaged_archive_leaves_nothing_that_looks_whole(folder):
         sbd.prepare(folder, print)
     assert not (folder / "benchmark_RELEASE").exists()
     archive.write_bytes(whole)
+    (folder / "benchmark.tgz.partial" / "benchmark_RELEASE" / "stray").touch()
     sbd.prepare(folder, print)
+    assert (folder / "benchmark_RELEASE" / "cls").is_dir()
+    assert not (folder / "benchmark_RELEASE" / "stray").exists()
+    (folder / "benchmark_RELEASE").rename(folder / "was")
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder / "dataset", "another")
-    (folder / "benchmark_RELEASE").rename(folder / "was")
     with pytest.raises(UsageError, match=r"benchmark\.tgz holds no folder benchmark_RELEASE: fetch it again"):
         sbd.prepare(folder, print)
 
