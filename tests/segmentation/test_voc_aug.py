@@ -201,7 +201,7 @@ def test_a_damaged_archive_leaves_nothing_that_looks_whole(folder):
     archive.write_bytes(whole)
     (folder / "benchmark.tgz.partial" / "benchmark_RELEASE" / "stray").touch()
     sbd.prepare(folder, print)
-    assert (folder / "benchmark_RELEASE" / "cls").is_dir()
+    assert (folder / "benchmark_RELEASE" / "dataset" / "cls").is_dir()
     assert not (folder / "benchmark_RELEASE" / "stray").exists()
     (folder / "benchmark_RELEASE").rename(folder / "was")
     with tarfile.open(archive, "w:gz") as tar:
