@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -218,7 +219,12 @@ def main(
         typer.Option("--boundary", help="Measure borders (trimap, boundary IoU) and fragmentation too."),
     ] = False,
     panel: Annotated[int, typer.Option(help="Images to draw, spread evenly over the split.", min=0)] = 0,
-    workers: Annotated[int, typer.Option(help="Processes that load data; 0 loads in this one.", min=0)] = 4,
+    workers: Annotated[
+        int,
+        typer.Option(
+            help="Processes that load data; 0 loads in this one.", min=0, show_default="4, at most one a core"
+        ),
+    ] = min(4, os.cpu_count() or 1),
     device: commandline.Device = "auto",
     threads: commandline.Threads = 0,
     limit_batches: Annotated[

@@ -21,6 +21,7 @@ from segmentation.fragments import Fragments
 from segmentation.inference import Views, load_model
 from segmentation.metrics import ConfusionMatrix
 from segmentation.models import DifNet
+from tests.segmentation.conftest import tiny, write_voc
 
 
 def rows(file):
@@ -113,6 +114,22 @@ def test_context_has_two_named_scores(unbroken, tmp_path, monkeypatch, capsys):
     assert numbers["miou_60"] == scores.miou
     assert numbers["miou_59"] == scores.foreground_miou != scores.miou
     assert f"mIoU-59 {100 * scores.foreground_miou:.2f}" in capsys.readouterr().out
+
+
+def test_padding_is_cut_off_and_the_labels_told(tmp_path):
+    root = write_voc(tmp_path / "scenes", images=2)
+    config = tiny(tmp_path, dataset="voc", data_path=str(root), weights_backbone="none", model="sim-deeplab",
+                  backbone="resnet18")  # fmt: skip
+    torch.manual_seed(0)
+    file = tmp_path / "best.safetensors"
+    about = Description(config, ShapesDataset.classes, step=0, miou=0.0)
+    save_weights(file, engine.build_model(config, 6), about)
+    scores = evaluate(file, out=tmp_path / "scores", boundary=True, threads=1)
+    # The first two rows of the labels are void.
+    assert scores.truth.sum() == 2 * 39 * 41
+    numbers = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    assert "2 of 2 images" in numbers["protocol"]
+    assert "labels SegmentationClass (2); void ignored" in numbers["protocol"]
 
 
 def test_what_is_kept_does_not_grow_with_the_split(unbroken, monkeypatch):
