@@ -121,6 +121,7 @@ def evaluate(
     rows = rundir.class_rows(about.step, scores, classes)
     numbers: dict[str, Any] = {
         "checkpoint": str(checkpoint), "step": about.step, "protocol": protocol, "classes": list(classes),
+        "weights_sha256": about.weights_sha256,
         "valid_pixels": int(scores.truth.sum()), "miou": scores.miou, "majority_miou": scores.majority_miou,
         "pixel_accuracy": scores.pixel_accuracy, "mean_accuracy": scores.mean_accuracy,
         "fw_iou": scores.fw_iou,

@@ -1,12 +1,13 @@
 """Sizes, shapes and wiring of the networks; weights they start from."""
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
 from segmentation.errors import UsageError
 from segmentation.models import DifNet, SimDeepLab
-from segmentation.models.backbone import load_pretrained, network, parts
+from segmentation.models.backbone import channels, load_pretrained, network, parts
 
 PARAMETERS = {
     ("difnet", "resnet18"): 22_807_628,
@@ -188,3 +189,53 @@ def test_files_without_resnet_weights_are_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UsageError, match="cannot be read as a state dict of tensors"):
         load_pretrained(network("resnet18", (4,)), "resnet18", str(file))
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "regnety_002", "efficientnet_b0", "resnext50_32x4d"])
+def test_other_backbones_serve_either_branch(name):
+    torch.manual_seed(3)
+    image = torch.randn(1, 3, 41, 33)
+    for options in ({"backbone": name}, {"backbone": "resnet18", "similarity_backbone": name}):
+        model = DifNet(num_classes=4, **options).eval()
+        maps = model(image, return_maps=True)
+        assert maps.seed.shape == (1, 4, 6, 5)
+        assert [embedding.conv.in_channels for embedding in model.cascade.embeddings] == [3, *channels(name)]
+        maps.logits.sum().backward()
+        assert [n for n, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "resnet19",
+            r"backbone 'resnet19': timm has no such model \(did you mean resnet\d+\?\); pass resnet18",
+        ),
+        (
+            "swin_tiny_patch4_window7_224",
+            "has strides 4, 8, 16, 32, and cannot be given output stride 8: pass",
+        ),
+        ("vgg16", "vgg16 has strides 1, 2, 4, 8, 16, 32, and cannot be given output stride 8: pass"),
+        ("vit_tiny_patch16_224", "has strides 16, 16, 16, and cannot be given output stride 8: pass"),
+    ],
+)
+def test_backbones_without_stride_8_are_refused(name, message):
+    with pytest.raises(UsageError, match=message):
+        SimDeepLab(name, 4)
+
+
+def test_weights_under_timms_names_are_found(tmp_path):
+    # Networks of features join the first names of the whole model.
+    state = timm.create_model("convnext_atto").state_dict()
+    file = tmp_path / "convnext.safetensors"
+    save_file(state, file)
+    backbone = network("convnext_atto", (2, 4))
+    assert load_pretrained(backbone, "convnext_atto", str(file)) == frozenset()
+    loaded = backbone.state_dict()
+    assert torch.equal(loaded["stages_1.blocks.0.mlp.fc1.weight"], state["stages.1.blocks.0.mlp.fc1.weight"])
+    save_file({key: value for key, value in state.items() if not key.startswith("stages.3")}, file)
+    assert load_pretrained(backbone, "convnext_atto", str(file)) == {"stages_3"}
+    with pytest.raises(
+        UsageError, match=r"does not fit convnext_femto: .* in the file and .* in the network"
+    ):
+        load_pretrained(backbone, "convnext_femto", str(file))

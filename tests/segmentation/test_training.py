@@ -100,6 +100,9 @@ def test_the_hash_of_the_weight_file_outlives_the_file(tmp_path):
     assert json.loads((run / "env.json").read_text())["weights_sha256"] == {str(file): digest}
     _, about = load_weights(run / "best.safetensors")
     assert about.weights_sha256 == {str(file): digest}
+    evaluate(run / "best.safetensors", limit_batches=1, out=tmp_path / "scores", threads=1)
+    scores = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    assert scores["weights_sha256"] == {str(file): digest}
 
 
 def test_evaluate_gives_the_score_of_training(unbroken, tmp_path, capsys):
