@@ -35,7 +35,8 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_last_file_whole(tmp_path):
         files._Remembering = Slow
         checkpoint.save_state(file, {"step": 2, "weights": torch.ones(1000)})
         os._exit(0)
-    while not (partial.is_file() and partial.stat().st_size):
+    deadline = time.monotonic() + 30
+    while not (partial.is_file() and partial.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -22,11 +23,18 @@ from tests.segmentation.test_training import ROOT, rows
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
-from segmentation import train
+from segmentation import engine, train
 from segmentation.config import resolve
 from segmentation.errors import told_in_one_line
 from segmentation.trainer import Trainer
 
+evaluate = engine.evaluate
+
+def watched(model, *rest):
+    print("scored:", sum(float(buffer.double().sum()) for buffer in model.buffers()), flush=True)
+    return evaluate(model, *rest)
+
+engine.evaluate = watched
 try:
     train.run_command_line()
 except SystemExit as ended:
@@ -88,7 +96,10 @@ def test_two_processes_are_one_run_and_the_death_of_one_is_told(tmp_path):
         f"why); {state} holds step 2, to go on from by --resume auto\n"
     ) in done.stderr
 
-    # Three images by two processes: none is counted twice, and both score the model that is saved.
+    # Both score one model, and of three images none is counted twice.
+    scored = Counter(line for line in done.stdout.splitlines() if line.startswith("scored:"))
+    assert len(scored) == 2  # frozen, and once learned
+    assert all(times % 2 == 0 for times in scored.values())
     for run in (folder, dying):
         evaluate(run / "last.safetensors", limit_batches=3, threads=1, out=run / "scores")
         assert rows(run / "scores" / "per_class.csv") == rows(run / "per_class.csv")[-6:]
