@@ -18,7 +18,7 @@ from graphdiff.operators import (
     grid_transition,
 )
 from graphdiff.ranking import pagerank
-from graphdiff.solution import ConvergenceError, ConvergenceWarning, Solution
+from graphdiff.solution import ConvergenceError, ConvergenceWarning, Progress, Solution
 
 __all__ = [
     "AttentionTransition",
@@ -30,6 +30,7 @@ __all__ = [
     "Estimate",
     "FeatureEmbedding",
     "FunctionTransition",
+    "Progress",
     "Solution",
     "SparseTransition",
     "Transition",

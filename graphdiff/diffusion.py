@@ -1,5 +1,6 @@
 """y = (1 − µ)(I − µP)⁻¹ s: `solve` with its evidence, `diffuse` for the value alone."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -7,11 +8,11 @@ import torch
 from torch import Tensor
 
 from graphdiff import checks
-from graphdiff.implicit import Call, OnFailure, implicit_solve, report
+from graphdiff.implicit import Call, OnFailure, implicit_solve, report, spent
 from graphdiff.operators.base import Transition
-from graphdiff.solution import Solution
+from graphdiff.solution import Progress, Solution
 from graphdiff.solvers.auto import Auto, chosen
-from graphdiff.solvers.base import Solver, norm_of, size
+from graphdiff.solvers.base import Budget, Solver, norm_of, size
 
 
 def solve(
@@ -23,6 +24,8 @@ def solve(
     tol: float | None = None,
     initial: Tensor | None = None,
     max_steps: int | None = None,
+    max_seconds: float | None = None,
+    progress: Callable[[Progress], object] | None = None,
     on_failure: OnFailure = "warn",
 ) -> Solution:
     r"""Diffuses a signal exactly, and says how exactly.
@@ -40,6 +43,9 @@ def solve(
         tol: Relative tolerance; 1e-10 in float64, else 1e-5, if None.
         initial: First guess of y, shaped like s; s itself if None.
         max_steps: Most steps of the solver; None for as many as theory says can help.
+        max_seconds: Time after which no further step begins; the backward has as much again. `Direct` is one
+            step, and what prepares a solver is not interrupted.
+        progress: Called after every step, of the backward too, with a `Progress`.
         on_failure: What to do where the promise cannot be kept: "warn", "raise" or "ignore".
 
     Returns:
@@ -81,6 +87,11 @@ def solve(
     tol = checks.positive_number(tol, "tol") if tol is not None else _default_tol(s.dtype)
     if max_steps is not None:
         checks.positive_integer(max_steps, "max_steps")
+    if max_seconds is not None:
+        checks.positive_number(max_seconds, "max_seconds")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress: expected a function of one Progress, got {type(progress).__name__}")
+    budget = Budget(max_steps, max_seconds, progress)
     batch = checks.broadcast_batch([P.shape[:-2], signal.shape[:-2], mu.shape[:-2]], "P, s and mu")
     shape = (*batch, *signal.shape[-2:])
     if initial is not None:
@@ -102,6 +113,8 @@ def solve(
             solver=solver,
             tol=tol,
             max_steps=max_steps,
+            max_seconds=max_seconds,
+            progress=progress,
             on_failure=on_failure,
         )
 
@@ -112,18 +125,18 @@ def solve(
     norm = norm_of(P)
     atol = tol * size(seed.detach(), norm)
     method, why = chosen(solver, operator, mu, shape[-1], tol)
-    call = Call(operator, method, tol, max_steps, on_failure)
+    call = Call(operator, method, tol, budget, on_failure)
     start = (seed if initial is None else initial.to(wide).expand(shape)).detach()
     answer = implicit_solve(call, (1 - mu) * seed, mu, initial=start, atol=atol)
 
     value = answer.x.to(operator.dtype)
     error_bound = answer.error_bound + size(value.detach().to(wide) - answer.x.detach(), norm)
     converged = error_bound <= atol
-    stopped_early = max_steps is not None and int(answer.steps.max()) >= max_steps
+    limit = None if bool(converged.all()) else spent(budget, answer.steps)
     if bool(converged.all()):
         stopped = "reached the tolerance"
-    elif stopped_early:
-        stopped = f"stopped at max_steps = {max_steps}"
+    elif limit is not None:
+        stopped = f"stopped at {limit} = {getattr(budget, limit)}"
     else:
         stopped = f"rounding in {str(operator.dtype).removeprefix('torch.')} allows no more"
 
@@ -142,7 +155,7 @@ def solve(
         solver=str(method),
         reason=f"{why}; {stopped}",
     )
-    report(error_bound, atol, call, f"graphdiff.solve, {method}, {stopped}", stopped_early, solution)
+    report(error_bound, atol, call, f"graphdiff.solve, {method}, {stopped}", limit, solution)
     return solution
 
 
@@ -189,6 +202,8 @@ def diffuse(
     tol: float | None = None,
     initial: Tensor | None = None,
     max_steps: int | None = None,
+    max_seconds: float | None = None,
+    progress: Callable[[Progress], object] | None = None,
     on_failure: OnFailure = "warn",
 ) -> Tensor:
     """The value of `solve`: y = (1 − µ)(I − µP)⁻¹ s, [..., N, K] or [N] as s is.
@@ -210,6 +225,8 @@ def diffuse(
         tol=tol,
         initial=initial,
         max_steps=max_steps,
+        max_seconds=max_seconds,
+        progress=progress,
         on_failure=on_failure,
     ).value
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from graphdiff.operators.base import Transition
 from graphdiff.solution import ConvergenceError, ConvergenceWarning, Solution
-from graphdiff.solvers.base import Certified, Solver, norm_of, size, solve_certified
+from graphdiff.solvers.base import Budget, Certified, Solver, norm_of, size, solve_certified
 
 OnFailure = Literal["warn", "raise", "ignore"]
 
@@ -30,7 +30,7 @@ class Call:
     operator: Transition
     solver: Solver
     tol: float
-    max_steps: int | None
+    budget: Budget
     on_failure: OnFailure
     state: Any = None
     """What the solver has prepared already, if it has: the backward uses the forward's."""
@@ -57,7 +57,7 @@ class _ImplicitSolve(torch.autograd.Function):
         operator = call.operator.with_tensors([t.detach() for t in tensors])
         state = call.state or call.solver.prepare(operator, mu.to(operator.dtype))
         answer = solve_certified(
-            call.solver, state, operator, rhs, mu, initial=initial, atol=atol, max_steps=call.max_steps
+            call.solver, state, operator, rhs, mu, initial=initial, atol=atol, budget=call.budget
         )
         ctx.call, ctx.state = call, state
         ctx.save_for_backward(mu, answer.x, *tensors)
@@ -80,14 +80,14 @@ def gradients(
 
     The operator's state belongs to the call; shapes and dtype of g and x are those of b.
     """
-    adjoint = replace(call, operator=call.operator.T, state=call.solver.transposed(call.state))
+    budget = call.budget.again()
+    adjoint = replace(call, operator=call.operator.T, state=call.solver.transposed(call.state), budget=budget)
     # (1 − µ)λ is the gradient of the signal; its error is promised to be at most tol·‖g‖.
     remaining = 1 - mu.amax(-2, keepdim=True)
     atol = call.tol * size(g.detach(), norm_of(adjoint.operator)) / remaining
     b = mu * g
     v = implicit_solve(adjoint, b, mu, initial=(b / (1 - mu)).detach(), atol=atol.detach())
-    stopped_early = call.max_steps is not None and int(v.steps.max()) >= call.max_steps
-    report(v.error_bound, atol, call, "graphdiff, gradient of a solve", stopped_early)
+    report(v.error_bound, atol, call, "graphdiff, gradient of a solve", spent(budget, v.steps))
     g_rhs = g + _product(adjoint.operator, v.x, call.tol)
 
     g_mu: Tensor | None = None
@@ -115,21 +115,28 @@ def _product(operator: Transition, v: Tensor, tol: float) -> Tensor:
     return narrow if bool(enough.all()) else torch.where(enough, narrow, operator.to(v.dtype).matmul(v))
 
 
+def spent(budget: Budget, steps: Tensor) -> str | None:
+    """The limit that ended a solve after so many steps, if one did."""
+    if budget.timed_out:
+        return "max_seconds"
+    return "max_steps" if budget.max_steps is not None and int(steps.max()) >= budget.max_steps else None
+
+
 def report(
     error_bound: Tensor,
     atol: Tensor,
     call: Call,
     what: str,
-    stopped_early: bool = False,
+    limit: str | None = None,
     solution: Solution | None = None,
 ) -> None:
-    """Warn or raise where a bound missed its target."""
+    """Warn or raise where a bound missed its target; `limit` is what was spent, if anything was."""
     missed = ~(error_bound <= atol)
     if call.on_failure == "ignore" or not bool(missed.any()):
         return
     worst = int(torch.where(missed, error_bound / atol, 0.0).nan_to_num(torch.inf).argmax())
-    if stopped_early:
-        advice = "raise max_steps or loosen tol"
+    if limit is not None:
+        advice = f"raise {limit} or loosen tol"
     elif call.operator.dtype == error_bound.dtype:
         advice = "loosen tol"
     else:

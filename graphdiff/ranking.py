@@ -1,5 +1,7 @@
 """PageRank: the distribution of a walk that restarts."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from graphdiff import checks
 from graphdiff.diffusion import solve
 from graphdiff.implicit import OnFailure
 from graphdiff.operators.base import Transition
-from graphdiff.solution import Solution
+from graphdiff.solution import Progress, Solution
 from graphdiff.solvers.auto import Auto
 from graphdiff.solvers.base import Solver
 
@@ -21,6 +23,8 @@ def pagerank(
     tol: float | None = None,
     initial: Tensor | None = None,
     max_steps: int | None = None,
+    max_seconds: float | None = None,
+    progress: Callable[[Progress], object] | None = None,
     on_failure: OnFailure = "warn",
 ) -> Solution:
     r"""Where a walk is found that goes on along P with probability µ and else restarts.
@@ -40,6 +44,8 @@ def pagerank(
         tol: Largest error in the 1-norm; 1e-10 in float64, else 1e-5, if None.
         initial: First guess of y, shaped like `personalization`; that itself if None.
         max_steps: Most steps of the solver; None for as many as theory says can help.
+        max_seconds: As in `solve`, and so is `progress`.
+        progress: Called after every step with a `Progress`.
         on_failure: What to do where the promise cannot be kept: "warn", "raise" or "ignore".
 
     Returns:
@@ -89,6 +95,8 @@ def pagerank(
         tol=tol,
         initial=initial,
         max_steps=max_steps,
+        max_seconds=max_seconds,
+        progress=progress,
         on_failure=on_failure,
     )
 

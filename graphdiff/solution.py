@@ -1,7 +1,7 @@
 """What a solve returns: the answer and the evidence for it."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -18,6 +18,19 @@ class ConvergenceError(RuntimeError):
     def __init__(self, message: str, solution: "Solution | None" = None) -> None:
         super().__init__(message)
         self.solution = solution
+
+
+class Progress(NamedTuple):
+    """How far a solve is, as ``progress=`` is told after every step."""
+
+    steps: int
+    """Steps of the slowest right-hand side, in the solver's present attempt."""
+    unfinished: int
+    """Right-hand sides that go on."""
+    error_bound: float
+    """The largest error that one of these may have, as the solver sees it; not certified yet."""
+    seconds: float
+    """Since the solve began."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from graphdiff.operators.attention import AttentionTransition
 from graphdiff.operators.base import Transition
 from graphdiff.solvers import Auto, Solver
 from graphdiff.solvers.auto import chosen
+from graphdiff.solvers.base import Budget
 
 
 class Diffusion(nn.Module):
@@ -199,7 +200,7 @@ def _diffuse_attention_backward(
     wide = torch.float32 if g.device.type == "mps" else torch.float64
     P, g, m = AttentionTransition(psi, scale=scale), g.to(wide), mu.to(wide).reshape(1, 1)
     method, _ = chosen(_KNOWN[solver], P, m, g.shape[-1], tol)
-    call = Call(P, method, tol, None, "warn", method.prepare(P, m.to(P.dtype)))
+    call = Call(P, method, tol, Budget(), "warn", method.prepare(P, m.to(P.dtype)))
     # y* solves for b = (1 − µ)s, which hands its gradient on to s and to µ.
     g_rhs, g_mu, (g_psi,) = gradients(call, m, y.to(wide), g, (True, True))
     assert g_mu is not None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from graphdiff.operators.base import Transition
-from graphdiff.solvers.base import Iterate, Problem, Solver, carry_on, norm_of, rate_of, size
+from graphdiff.solvers.base import Iterate, Limits, Problem, Solver, carry_on, norm_of, rate_of, size
 from graphdiff.solvers.bicgstab import BiCGSTAB
 from graphdiff.solvers.cg import CG
 from graphdiff.solvers.direct import Direct
@@ -75,26 +75,23 @@ class WatchedWalk(Solver):
         """The same with Pᵀ."""
         return Problem(state.operator.T, state.mu)
 
-    def solve(
-        self, state: Problem, rhs: Tensor, initial: Tensor, target: Tensor, max_steps: Tensor | None
-    ) -> Iterate:
+    def solve(self, state: Problem, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Walk and watch, and go on with BiCGSTAB where that is faster."""
         walk, norm = Walk(), norm_of(state.operator)
         before = torch.full_like(size(rhs, norm), torch.inf)
         reached = Iterate(initial, *(torch.zeros_like(before.squeeze(-2), dtype=torch.int64),) * 2)
         walking = torch.ones_like(before, dtype=torch.bool)
-        slow, budget = torch.zeros_like(walking), 0
+        slow, watched = torch.zeros_like(walking), 0
         while bool(walking.any()):
-            budget += WATCHED_STEPS
-            limit = torch.full_like(target, budget, dtype=torch.int64)
-            limit = limit if max_steps is None else limit.minimum(max_steps)
-            further = carry_on(walk, state, rhs, reached, walking, target, limit)
+            watched += WATCHED_STEPS
+            limit = limits.within(torch.full_like(target, watched, dtype=torch.int64))
+            further = carry_on(walk, state, rhs, reached, walking, target, limits._replace(steps=limit))
             # Consecutive changes differ by as many walks, so their ratio is the rate of that many.
             change = size(further.x - reached.x, norm)
-            goes_on = walking & (further.steps == budget).unsqueeze(-2)
+            goes_on = walking & (further.steps == watched).unsqueeze(-2)
             slow = slow | (goes_on & (change > SLOW**WATCHED_STEPS * before))
             walking, before, reached = goes_on & ~slow, change, further
-        return carry_on(BiCGSTAB(), state, rhs, reached, slow, target, max_steps)
+        return carry_on(BiCGSTAB(), state, rhs, reached, slow, target, limits)
 
     def __str__(self) -> str:
         return "Walk() or BiCGSTAB()"

@@ -10,15 +10,17 @@ negative part and the sum of its positive part, each divided by the same number.
 the interval would halve the bound, and make the error itself larger wherever the bound is loose.)
 """
 
+import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from graphdiff.operators.base import Transition
-from graphdiff.solution import Norm
+from graphdiff.solution import Norm, Progress
 
 # Each refinement gains several digits unless rounding has taken over; more than this never helped.
 MAX_REFINEMENTS = 6
@@ -41,6 +43,57 @@ class Problem(NamedTuple):
     mu: Tensor
 
 
+@dataclass
+class Budget:
+    """What one solve may take, and who is told how far it is; its clock runs from when it is made."""
+
+    max_steps: int | None = None
+    max_seconds: float | None = None
+    progress: Callable[[Progress], object] | None = None
+    began: float = field(default_factory=time.monotonic)
+    timed_out: bool = False
+    """Whether it ended a solve that would have gone on."""
+
+    def again(self) -> "Budget":
+        """The same for another solve."""
+        return Budget(self.max_steps, self.max_seconds, self.progress)
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self.began
+
+
+class Limits(NamedTuple):
+    """What a solver's loop must keep to: most steps of each right-hand side, [..., 1, K], and the budget."""
+
+    steps: Tensor | None
+    budget: Budget
+
+    def within(self, steps: Tensor) -> Tensor:
+        """So many steps, or as many as are left."""
+        return steps if self.steps is None else torch.minimum(steps, self.steps)
+
+    def less(self, steps: Tensor) -> "Limits":
+        """What is left after so many steps, [..., K]."""
+        return self if self.steps is None else Limits(self.steps - steps.unsqueeze(-2), self.budget)
+
+    def going_on(self, active: Tensor, steps: Tensor, bound: Tensor) -> Tensor:
+        """Asked after every step: those of the `active` [..., 1, K] for which there is time.
+
+        `steps` and `bound`, of the error, are told to whoever follows the progress.
+        """
+        budget = self.budget
+        if budget.progress is not None:
+            left = int(active.sum())
+            worst = float(torch.where(active, bound, 0.0).max())
+            budget.progress(Progress(int(steps.max()), left, worst, budget.seconds))
+        if budget.max_seconds is None or budget.seconds < budget.max_seconds:
+            return active
+        budget.timed_out = budget.timed_out or bool(active.any())
+        return torch.zeros_like(active)
+
+
 @dataclass(frozen=True)
 class Solver(ABC):
     """A method for (I − MP) x = b. Frozen, without tolerances: those belong to the call."""
@@ -54,13 +107,11 @@ class Solver(ABC):
         """
 
     @abstractmethod
-    def solve(
-        self, state: Any, rhs: Tensor, initial: Tensor, target: Tensor, max_steps: Tensor | None
-    ) -> Iterate:
+    def solve(self, state: Any, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """An x whose error bound is at most `target` [..., 1, K] where the arithmetic allows.
 
-        Each right-hand side stops on its own, after `max_steps` [..., 1, K] at the latest. Runs without
-        autograd, in the dtype of `rhs`.
+        Each right-hand side stops on its own, or when the limits say so. Runs without autograd, in the dtype
+        of `rhs`.
         """
 
     def transposed(self, state: Any) -> Any:
@@ -93,14 +144,13 @@ def carry_on(
     reached: Iterate,
     unfinished: Tensor,
     target: Tensor,
-    max_steps: Tensor | None,
+    limits: Limits,
 ) -> Iterate:
     """Another solver goes on where one left some right-hand sides [..., 1, K] unfinished."""
-    left = None
-    if max_steps is not None:
-        left = max_steps - reached.steps.unsqueeze(-2)
-        unfinished = unfinished & (left > 0)
-    if not bool(unfinished.any()):
+    left = limits.less(reached.steps)
+    if left.steps is not None:
+        unfinished = unfinished & (left.steps > 0)
+    if limits.budget.timed_out or not bool(unfinished.any()):
         return reached
     # The others have nothing left to do for any target.
     found = solver.solve(state, rhs, reached.x, torch.where(unfinished, target, torch.inf), left)
@@ -211,7 +261,7 @@ def solve_certified(
     *,
     initial: Tensor,
     atol: Tensor,
-    max_steps: int | None,
+    budget: Budget,
 ) -> Certified:
     """Solve in the operator's dtype, certify there where its rounding allows, else in that of `rhs`.
 
@@ -223,7 +273,7 @@ def solve_certified(
         mu: µ [..., 1 or N, 1 or K], dtype of `rhs`.
         initial: First guess, shaped and typed like `rhs`.
         atol: Largest error allowed, [..., 1, K], in the norm of the operator.
-        max_steps: Most steps a right-hand side may take; None for as many as theory says can help.
+        budget: Most steps a right-hand side may take, and seconds the whole.
     """
     # The last cast to the operator's dtype must still fit.
     allowed = torch.clamp(atol - cast_error(initial, operator.dtype, norm_of(operator)), min=0.25 * atol)
@@ -234,9 +284,9 @@ def solve_certified(
     for attempt in range(1 + MAX_REFINEMENTS):
         if not bool(pending.any()):
             break
-        left = None if max_steps is None else max_steps - steps.unsqueeze(-2)
+        left = None if budget.max_steps is None else budget.max_steps - steps.unsqueeze(-2)
         b, guess, goal = (t.to(operator.dtype) for t in (correction, initial, target))
-        found = solver.solve(state, b, guess, goal, left)
+        found = solver.solve(state, b, guess, goal, Limits(left, budget))
         steps = steps + torch.where(pending.squeeze(-2), found.steps, 0)
         best.matvecs = best.matvecs + torch.where(pending.squeeze(-2), found.matvecs, 0)
         candidate, before = best.x + found.x.to(rhs.dtype), best.bound
@@ -251,11 +301,13 @@ def solve_certified(
             pending = pending & ~(best.bound <= allowed)
             # x + r has µP times the error of x: where little is missing, one more product is enough.
             asked = asked & pending & (best.bound <= NEAR * allowed) & (best.bound < 0.9 * previous)
+            asked = asked & (not budget.timed_out)
             candidate = best.x + best.residual
         # Where a refinement no longer halves the bound, rounding has taken over and none will.
         pending = pending & (best.bound < 0.5 * before)
-        if max_steps is not None:
-            pending = pending & (steps.unsqueeze(-2) < max_steps)
+        if budget.max_steps is not None:
+            pending = pending & (steps.unsqueeze(-2) < budget.max_steps)
+        pending = pending & (not budget.timed_out)
         correction = torch.where(pending, best.residual, 0.0)
         initial = torch.zeros_like(rhs)
         # What is left above the target is the certificate's own rounding: make room for it.

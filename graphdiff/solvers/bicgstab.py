@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from graphdiff.operators.base import Transition
-from graphdiff.solvers.base import Iterate, Problem, Solver, carry_on, inner, residual_bound, steps_to
+from graphdiff.solvers.base import Iterate, Limits, Problem, Solver, carry_on, inner, residual_bound, steps_to
 from graphdiff.solvers.walk import Walk
 
 
@@ -33,9 +33,7 @@ class BiCGSTAB(Solver):
         """The same with Pᵀ."""
         return Problem(state.operator.T, state.mu)
 
-    def solve(
-        self, state: Problem, rhs: Tensor, initial: Tensor, target: Tensor, max_steps: Tensor | None
-    ) -> Iterate:
+    def solve(self, state: Problem, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Iterate until the bound of each right-hand side is below its target."""
         operator, mu = state
         one = torch.ones((), dtype=torch.float32 if rhs.device.type == "mps" else torch.float64)
@@ -53,9 +51,7 @@ class BiCGSTAB(Solver):
         best_bound = bound
         steps = torch.zeros(*rhs.shape[:-2], 1, rhs.shape[-1], dtype=torch.int64, device=rhs.device)
         walks = steps_to(target, bound, mu.amax(-2, keepdim=True))
-        limit = 10 + (walks + 1) // 2
-        if max_steps is not None:
-            limit = torch.minimum(limit, max_steps)
+        limit = limits.within(10 + (walks + 1) // 2)
         active = (bound > target) & (steps < limit)
         product = dot(shadow, residual)
         while bool(active.any()):
@@ -77,7 +73,7 @@ class BiCGSTAB(Solver):
             better = active & (bound < best_bound)
             best = torch.where(better, y + residual, best)
             best_bound = torch.where(better, bound, best_bound)
-            active = active & (bound > target) & (steps < limit)
+            active = limits.going_on(active & (bound > target) & (steps < limit), steps, bound)
             following = dot(shadow, residual)
             beta = (_quotient(following, product) * _quotient(alpha, omega)).to(rhs.dtype)
             direction = torch.where(active, residual + beta * (direction - narrow[1] * image), direction)
@@ -85,7 +81,7 @@ class BiCGSTAB(Solver):
 
         counts = steps.squeeze(-2)
         reached = Iterate(best, counts, 2 * counts + 1)
-        return carry_on(Walk(), state, rhs, reached, best_bound > target, target, max_steps)
+        return carry_on(Walk(), state, rhs, reached, best_bound > target, target, limits)
 
 
 def _quotient(a: Tensor, b: Tensor) -> Tensor:

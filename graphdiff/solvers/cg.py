@@ -9,6 +9,7 @@ from torch import Tensor
 from graphdiff.operators.base import Transition
 from graphdiff.solvers.base import (
     Iterate,
+    Limits,
     Problem,
     Solver,
     carry_on,
@@ -63,9 +64,7 @@ class CG(Solver):
         log_weight = state.log_weight.amin(-2, keepdim=True) - state.log_weight
         return Weighted(state.operator.T, state.mu, log_weight)
 
-    def solve(
-        self, state: Weighted, rhs: Tensor, initial: Tensor, target: Tensor, max_steps: Tensor | None
-    ) -> Iterate:
+    def solve(self, state: Weighted, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Iterate until the bound of each right-hand side is below its target."""
         operator, mu, log_weight = state
         wide = torch.float32 if rhs.device.type == "mps" else torch.float64
@@ -93,9 +92,7 @@ class CG(Solver):
         steps = torch.zeros(*rhs.shape[:-2], 1, rhs.shape[-1], dtype=torch.int64, device=rhs.device)
         # Theory's count, from the D-norm to the promise's and back; rounding delays CG, hence twice.
         spread = (log_weight.amin(-2, keepdim=True) / 2).to(wide).exp()
-        limit = 10 + 2 * steps_to(spread * target / 2, bound, rate_of(operator, mu))
-        if max_steps is not None:
-            limit = torch.minimum(limit, max_steps)
+        limit = limits.within(10 + 2 * steps_to(spread * target / 2, bound, rate_of(operator, mu)))
         active = (bound > target) & (steps < limit)
         # Halving the error takes no more than this, if the D-norm sees it.
         patience = 10 + steps_to(torch.ones_like(bound), torch.full_like(bound, 8.0), rate_of(operator, mu))
@@ -119,7 +116,7 @@ class CG(Solver):
             halves = bound < 0.5 * halved
             halved_at, halved = torch.where(halves, steps, halved_at), torch.where(halves, bound, halved)
             active = active & (bound > target) & (bound < largest) & (steps < limit)
-            active = active & (steps - halved_at < patience)
+            active = limits.going_on(active & (steps - halved_at < patience), steps, bound)
         lost = (bound > target) & (bound >= largest)
         y, residual = torch.where(lost, first, y), torch.where(lost, first_residual, residual)
         # One step of walking more: its product is the one that the certificate computes.
@@ -127,4 +124,4 @@ class CG(Solver):
         # Where degrees differ too much for the D-norm to see the smallest, Chebyshev, which has no use for
         # them, goes on.
         problem = Problem(operator, mu)
-        return carry_on(Chebyshev(), problem, rhs, reached, bound > target, target, max_steps)
+        return carry_on(Chebyshev(), problem, rhs, reached, bound > target, target, limits)

@@ -8,6 +8,7 @@ from torch import Tensor
 from graphdiff.operators.base import Transition
 from graphdiff.solvers.base import (
     Iterate,
+    Limits,
     Problem,
     Solver,
     check_reversible,
@@ -46,9 +47,7 @@ class Chebyshev(Solver):
         """The same with Pᵀ, whose spectrum is P's."""
         return Problem(state.operator.T, state.mu)
 
-    def solve(
-        self, state: Problem, rhs: Tensor, initial: Tensor, target: Tensor, max_steps: Tensor | None
-    ) -> Iterate:
+    def solve(self, state: Problem, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Iterate until the bound of each right-hand side is below its target."""
         operator, mu = state
         low, high = spectrum(operator, mu)
@@ -62,9 +61,7 @@ class Chebyshev(Solver):
         bound = residual_bound(operator, mu, residual)
         steps = torch.zeros(*rhs.shape[:-2], 1, rhs.shape[-1], dtype=torch.int64, device=rhs.device)
         # The certificate's norm is not the one that theory bounds: twice the steps leave room for that.
-        limit = 10 + 2 * steps_to(target / 2, bound, rate_of(operator, mu))
-        if max_steps is not None:
-            limit = torch.minimum(limit, max_steps)
+        limit = limits.within(10 + 2 * steps_to(target / 2, bound, rate_of(operator, mu)))
         active = (bound > target) & (steps < limit)
         ratio = 1 / sigma
         direction = residual / center
@@ -72,7 +69,8 @@ class Chebyshev(Solver):
             y = torch.where(active, y + direction, y)
             residual = torch.where(active, residual - (direction - mu * operator.matmul(direction)), residual)
             steps = steps + active
-            active = active & (residual_bound(operator, mu, residual) > target) & (steps < limit)
+            bound = residual_bound(operator, mu, residual)
+            active = limits.going_on(active & (bound > target) & (steps < limit), steps, bound)
             following = 1 / (2 * sigma - ratio)
             direction = following * ratio * direction + 2 * following / radius * residual
             ratio = following

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from graphdiff.operators.base import Transition
-from graphdiff.solvers.base import Iterate, Solver
+from graphdiff.solvers.base import Iterate, Limits, Solver
 
 
 class Factors(NamedTuple):
@@ -55,9 +55,7 @@ class Direct(Solver):
         """The same factors, used from the other side."""
         return state._replace(flipped=not state.flipped)
 
-    def solve(
-        self, state: Factors, rhs: Tensor, initial: Tensor, target: Tensor, max_steps: Tensor | None
-    ) -> Iterate:
+    def solve(self, state: Factors, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Forward and back substitution."""
         steps = torch.ones(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
         if not state.flipped:

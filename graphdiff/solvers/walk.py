@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from graphdiff.operators.base import Transition
-from graphdiff.solvers.base import Iterate, Problem, Solver, residual_bound, steps_to
+from graphdiff.solvers.base import Iterate, Limits, Problem, Solver, residual_bound, steps_to
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,7 @@ class Walk(Solver):
         """Nothing to do beforehand."""
         return Problem(operator, mu)
 
-    def solve(
-        self, state: Problem, rhs: Tensor, initial: Tensor, target: Tensor, max_steps: Tensor | None
-    ) -> Iterate:
+    def solve(self, state: Problem, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Walk until the bound of each right-hand side is below its target.
 
         The first residual bounds the first error by B. From there t steps leave at most µᵗB, so more than
@@ -41,7 +39,7 @@ class Walk(Solver):
         largest = mu.amax(-2, keepdim=True)
         y = initial
         steps = torch.zeros(*rhs.shape[:-2], 1, rhs.shape[-1], dtype=torch.int64, device=rhs.device)
-        active = torch.ones_like(steps, dtype=torch.bool) if max_steps is None else steps < max_steps
+        active = steps < limits.within(torch.ones_like(steps))
         limit: Tensor | None = None
         while True:
             walked = mu * operator.matmul(y) + rhs
@@ -51,10 +49,8 @@ class Walk(Solver):
             steps = steps + active
             if limit is None:
                 # The certificate may see the error, on the way down, 2/(1 − µ) times larger.
-                limit = 1 + steps_to((1 - largest) / 2 * target, bound, largest)
-                if max_steps is not None:
-                    limit = torch.minimum(limit, max_steps)
-            active = active & (bound > target) & (steps < limit)
+                limit = limits.within(1 + steps_to((1 - largest) / 2 * target, bound, largest))
+            active = limits.going_on(active & (bound > target) & (steps < limit), steps, bound)
             if not bool(active.any()):
                 counts = steps.squeeze(-2)
                 return Iterate(y, counts, counts)

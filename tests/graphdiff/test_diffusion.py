@@ -462,8 +462,8 @@ def test_what_is_nearly_there_gets_there_by_walking():
     """An answer whose bound falls short by little costs a product or two, not another solve (theory 3)."""
 
     class Noisy(gd.solvers.Direct):
-        def solve(self, state, rhs, initial, target, max_steps):
-            exact = super().solve(state, rhs, initial, target, max_steps)
+        def solve(self, state, rhs, initial, target, limits):
+            exact = super().solve(state, rhs, initial, target, limits)
             noise = torch.randn(rhs.shape, generator=torch.Generator().manual_seed(4), dtype=rhs.dtype)
             return exact._replace(x=exact.x + 0.05 * target * noise)
 
@@ -540,8 +540,8 @@ def test_a_false_fact_or_a_wrong_solver_cannot_give_a_wrong_answer_unnoticed():
     """A solver that lies is found out by the certificate, which uses products alone."""
 
     class Liar(gd.solvers.Direct):
-        def solve(self, state, rhs, initial, target, max_steps):
-            honest = super().solve(state, rhs, initial, target, max_steps)
+        def solve(self, state, rhs, initial, target, limits):
+            honest = super().solve(state, rhs, initial, target, limits)
             return honest._replace(x=honest.x * 1.001)
 
     P = gd.AttentionTransition(torch.randn(6, 2, dtype=torch.float64))

@@ -1,0 +1,122 @@
+"""Time limits and the progress of a solve, the same in every solver."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+import graphdiff as gd
+from tests.graphdiff.zoo import SOLVERS, oracle
+
+STEPWISE = [name for name in SOLVERS if name not in ("Direct", "Auto")]
+
+
+@pytest.fixture
+def chain():
+    """A walk that needs many steps, and a signal."""
+    nodes = torch.arange(300)
+    edges = torch.stack([nodes[:-1], nodes[1:]])
+    P = gd.SparseTransition.from_edge_index(edges, undirected=True, dtype=torch.float64)
+    return P, torch.randn(300, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", STEPWISE)
+def test_no_step_begins_after_the_time_is_up_and_the_bound_still_holds(chain, name):
+    P, s = chain
+    sol = gd.solve(P, s, 0.99, solver=SOLVERS[name], max_seconds=1e-9, on_failure="ignore")
+    assert (sol.steps == 1).all()
+    assert not sol.converged.any()
+    assert "stopped at max_seconds = 1e-09" in sol.reason
+    exact = oracle(P.dense(), s, 0.99)
+    assert ((sol.value - exact).abs().amax(0) <= sol.error_bound).all()
+    assert ((sol.lower <= exact) & (exact <= sol.upper)).all()
+
+
+@pytest.mark.parametrize("name", STEPWISE)
+def test_time_enough_changes_nothing(chain, name):
+    P, s = chain
+    plain = gd.solve(P, s, 0.9, solver=SOLVERS[name])
+    timed = gd.solve(P, s, 0.9, solver=SOLVERS[name], max_seconds=1e6)
+    assert torch.equal(plain.value, timed.value)
+    assert torch.equal(plain.steps, timed.steps)
+    assert plain.reason == timed.reason
+
+
+def test_a_missed_tolerance_names_the_time(chain):
+    P, s = chain
+    walk = {"solver": gd.solvers.Walk(), "max_seconds": 1e-9}
+    with pytest.warns(gd.ConvergenceWarning, match=r"stopped at max_seconds = 1e-09.*; raise max_seconds or"):
+        gd.diffuse(P, s, 0.99, **walk)
+    with pytest.raises(gd.ConvergenceError, match="raise max_seconds") as error:
+        gd.pagerank(P, s.abs(), 0.99, on_failure="raise", **walk)
+    assert error.value.solution.error_bound.isfinite().all()
+
+
+def test_the_time_ends_refinements_and_what_takes_over_too(chain):
+    P, s = chain
+    # A tolerance that float32 reaches by refinement alone, and a walk that Auto would hand over.
+    narrow = gd.solve(
+        P.to(torch.float32), s.float(), 0.99, solver=gd.solvers.CG(), tol=1e-6, max_seconds=1e-9,
+        on_failure="ignore",
+    )  # fmt: skip
+    assert (narrow.steps == 1).all()
+    around = torch.stack([torch.arange(300), torch.arange(1, 301) % 300])
+    P = gd.SparseTransition.from_edge_index(around, dtype=torch.float64)
+    watched = gd.solve(P, s, 0.999, max_seconds=1e-9, on_failure="ignore")
+    assert watched.solver == "Walk() or BiCGSTAB()"
+    assert (watched.steps == 1).all()
+
+
+def test_the_backward_has_as_much_time_again(chain):
+    P, s = chain
+    s = s.requires_grad_()
+    calls = []
+
+    y = gd.diffuse(P, s, 0.9, solver=gd.solvers.CG(), max_seconds=1e6, progress=calls.append)
+    forward = len(calls)
+    y.square().sum().backward()
+    assert len(calls) > forward, "the backward tells of its steps too"
+    assert calls[forward].steps == 1
+    # From the answer itself the forward has nothing to do; the backward starts from nothing of the kind.
+    y = gd.diffuse(P, s, 0.9, solver=gd.solvers.CG(), max_seconds=1e-9, initial=y.detach())
+    loss = (y * torch.linspace(-1, 1, 300)[:, None]).sum()
+    with pytest.warns(gd.ConvergenceWarning, match=r"gradient of a solve.*raise max_seconds"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", STEPWISE)
+def test_progress_is_told_after_every_step(chain, name):
+    P, s = chain
+    seen: list[gd.Progress] = []
+    sol = gd.solve(P, s, 0.9, solver=SOLVERS[name], progress=seen.append)
+    assert [report.steps for report in seen] == list(range(1, int(sol.steps.max()) + 1))
+    assert seen[-1].unfinished == 0
+    assert seen[0].unfinished == 3
+    assert all(later.seconds >= before.seconds for before, later in pairwise(seen))
+    bounds = torch.tensor([report.error_bound for report in seen[:-1]])
+    assert bounds[-1] < 1e-3 * bounds[0]
+
+
+def test_what_progress_raises_ends_the_solve(chain):
+    P, s = chain
+
+    def stop(report):
+        if report.steps == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gd.solve(P, s, 0.99, solver=gd.solvers.Walk(), progress=stop)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"max_seconds": 0}, ValueError, r"max_seconds: expected a finite number > 0, got 0"),
+        ({"max_seconds": float("nan")}, ValueError, r"max_seconds: expected a finite number > 0, got nan"),
+        ({"progress": 3}, TypeError, r"progress: expected a function of one Progress, got int"),
+    ],
+)
+def test_bad_limits(chain, arguments, error, message):
+    P, s = chain
+    with pytest.raises(error, match=message):
+        gd.solve(P, s, 0.9, **arguments)
