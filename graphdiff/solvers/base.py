@@ -50,7 +50,7 @@ class Budget:
     max_steps: int | None = None
     max_seconds: float | None = None
     progress: Callable[[Progress], object] | None = None
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())
     timed_out: bool = False
     """Whether it ended a solve that would have gone on."""
 
