@@ -27,7 +27,7 @@ STATE_FORMAT = "graphdiff-segmentation-state-2"
 MAY_CHANGE_ON_RESUME = frozenset(
     # Where files lie, how fast the run goes and what it tells: none of these touches the weights.
     ("data_path", "weights_backbone", "init_from", "output_dir", "workers", "threads", "device",
-     "channels_last", "compile", "eval_every", "checkpoint_every", "log_every", "limit_val_batches")
+     "channels_last", "compile", "eval_every", "checkpoint_every", "keep", "log_every", "limit_val_batches")
 )  # fmt: skip
 
 

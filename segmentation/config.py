@@ -135,6 +135,12 @@ class Config:
     device: Annotated[Literal["auto", "cpu", "cuda"], _option("Where to compute.")] = "auto"
     eval_every: Annotated[int, _option("Steps between evaluations, each followed by a checkpoint.", low=1)]
     checkpoint_every: Annotated[int, _option("Steps between checkpoints to resume from.", low=1)] = 200
+    keep: Annotated[
+        int,
+        _option(
+            "Checkpoints to resume from that are kept: last.ckpt and, as step-N.ckpt, earlier ones.", low=1
+        ),
+    ] = 2
     log_every: Annotated[
         int, _option("Steps between lines of progress where there is no terminal.", low=1)
     ] = 20

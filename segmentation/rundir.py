@@ -3,7 +3,9 @@
 import csv
 import hashlib
 import json
+import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -37,6 +39,31 @@ class RunDir:
         self.last = root / "last.safetensors"
         self.state = root / "last.ckpt"
         self.panel = root / "panel.png"
+
+    def earlier_states(self) -> list[Path]:
+        """States before the last one that are kept, oldest first."""
+        return sorted(self.root.glob("step-*.ckpt"), key=_step_of)
+
+    def keep_state(self, step: int, keep: int) -> None:
+        """The last state, of `step`, gets a second name before another takes its place; the oldest go.
+
+        Args:
+            step: of the last state.
+            keep: states to be left, the one to come included.
+        """
+        if keep > 1:
+            kept = self.root / f"step-{step}.ckpt"
+            kept.unlink(missing_ok=True)
+            # A link: at no moment, and on no full disk, is there no last state.
+            try:
+                os.link(self.state, kept)
+            except OSError:
+                # Some disks know no second names.
+                with told(kept):
+                    shutil.copyfile(self.state, kept)
+        states = self.earlier_states()
+        for state in states[: max(len(states) - (keep - 1), 0)]:
+            state.unlink()
 
     def state_to_resume(self, resume: str | None, overwrite: bool) -> Path | None:
         """Decide between a fresh start (None) and going on from a state; touch nothing yet.
@@ -77,6 +104,9 @@ class RunDir:
             for file in (self.metrics, self.per_class, self.best, self.last, self.state, self.panel):
                 file.unlink(missing_ok=True)
                 file.with_name(file.name + ".partial").unlink(missing_ok=True)
+        for state in self.earlier_states():
+            if step == 0 or _step_of(state) > step:
+                state.unlink()
         for table in (self.metrics, self.per_class):
             _keep_rows_before(table, step if evaluation_due else step + 1)
         write_text(self.config, yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
@@ -90,7 +120,8 @@ class RunDir:
     def files(self) -> list[Path]:
         """What the run has written so far."""
         tables = [self.config, self.env, self.metrics, self.per_class]
-        return [file for file in (*tables, self.best, self.last, self.state, self.panel) if file.is_file()]
+        written = (*tables, self.best, self.last, *self.earlier_states(), self.state, self.panel)
+        return [file for file in written if file.is_file()]
 
 
 def class_rows(step: int, scores: Scores, classes: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -123,6 +154,10 @@ def environment(
         "seed": config.seed,
         "weights_sha256": dict(weights_sha256),
     }
+
+
+def _step_of(state: Path) -> int:
+    return int(state.stem.removeprefix("step-"))
 
 
 def _append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

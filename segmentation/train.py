@@ -146,6 +146,8 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     for line in (*told, *_warnings(config, training_set, validation_set, ranks)):
         progress.say(line)
     saved = None if state is None else f"{state_file} holds step {at.step}"
+    # The step of last.ckpt, where that is one of this run.
+    last_saved = at.step if state_file is not None and state_file.resolve() == run.state.resolve() else None
     if state is not None:
         progress.say(f"going on after step {at.step} of {total}, from {state_file}")
 
@@ -153,8 +155,10 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
         return f"{saved}, to go on from by --resume auto" if saved else "no step was saved yet"
 
     def save_state() -> None:
-        nonlocal saved
+        nonlocal saved, last_saved
         if rank == 0:
+            if last_saved is not None and last_saved < at.step:
+                run.keep_state(last_saved, config.keep)
             checkpoint.save_state(
                 run.state,
                 {
@@ -166,7 +170,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
                     "at": dataclasses.asdict(at),
                 },
             )
-        saved = f"{run.state} holds step {at.step}"
+        saved, last_saved = f"{run.state} holds step {at.step}", at.step
 
     def record(scores: Scores, speed: float) -> None:
         is_best = scores.miou > at.best_miou

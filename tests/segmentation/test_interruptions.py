@@ -110,3 +110,24 @@ def test_a_run_that_cannot_write_its_first_checkpoint_says_that_there_is_none(tm
         pytest.raises(UsageError, match=r"best\.safetensors could not be .*; no step was saved"),
     ):
         train(tiny(tmp_path / "run", model="sim-deeplab", aspp=False, max_steps=1))
+
+
+def test_as_many_states_are_left_as_asked_and_an_earlier_one_can_be_gone_on_from(tmp_path):
+    flags = {"model": "sim-deeplab", "aspp": False, "max_steps": 5, "checkpoint_every": 1, "keep": 3}
+    config = tiny(tmp_path, **flags)
+    train(config, None, False)
+    run = config.run_dir
+    states = sorted(file.name for file in run.glob("*.ckpt"))
+    assert states == ["last.ckpt", "step-3.ckpt", "step-4.ckpt"]
+    assert [checkpoint.load_state(run / name)["at"]["step"] for name in states] == [5, 3, 4]
+    whole = checkpoint.load_state(run / "last.ckpt")["model"]
+
+    train(config, str(run / "step-3.ckpt"), False)
+    again = checkpoint.load_state(run / "last.ckpt")
+    assert again["at"]["step"] == 5
+    assert all(torch.equal(again["model"][name], tensor) for name, tensor in whole.items())
+    assert {file.name for file in run.glob("*.ckpt")} == {"last.ckpt", "step-3.ckpt", "step-4.ckpt"}
+
+    # A new run in the folder has none of them, and one state alone has no other name.
+    train(tiny(tmp_path, **flags | {"keep": 1}), None, True)
+    assert [file.name for file in run.glob("*.ckpt")] == ["last.ckpt"]
