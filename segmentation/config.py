@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,9 @@ class Config:
         tuple[int, ...], _option("Which walks to take: 0 on the image, 1 to 4 on layer1 to layer4.")
     ] = (0, 1, 2, 3, 4)
     grid_stride: Annotated[int, _option("Pixels between the nodes of the walks' grid.", low=1)] = 8
+    affinity_scale: Annotated[
+        float, _option("Factor on the inner products of the walks' embeddings; the paper's is 1.", low=0)
+    ] = 1.0
 
     output_dir: Annotated[
         str | None, _option("Folder of the run. [default: runs/DATASET-MODEL-BACKBONE]")
@@ -174,6 +178,10 @@ class Config:
             )
         if self.similarity_backbone is not None and self.model == "sim-deeplab":
             raise UsageError("--similarity-backbone belongs to --model difnet: sim-deeplab has one branch")
+        if not 0 < self.affinity_scale < math.inf:
+            raise UsageError(
+                f"--affinity-scale {self.affinity_scale} would make all pixels alike: give a factor > 0"
+            )
         if not 0 < self.scale[0] <= self.scale[1]:
             raise UsageError(
                 f"--scale {self.scale[0]} {self.scale[1]}: expected two factors, 0 < low <= high"
@@ -230,7 +238,7 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None) -> Config:
     file = {} if config_file is None else _checked(_read_yaml(config_file), str(config_file))
     given = _checked(flags, "the command line")
     if given.get("model", file.get("model")) == "sim-deeplab":
-        for key in ("walks", "grid_stride"):
+        for key in ("walks", "grid_stride", "affinity_scale"):
             if key in given:
                 raise UsageError(f"{_flag(key)} belongs to --model difnet: sim-deeplab has no walks")
     dataset = given.get("dataset") or file.get("dataset") or Config.dataset

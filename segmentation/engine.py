@@ -95,6 +95,7 @@ def build_model(config: Config, num_classes: int) -> Model:
         config.walks,
         config.grid_stride,
         config.similarity_backbone,
+        config.affinity_scale,
     )
 
 

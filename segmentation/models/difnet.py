@@ -51,6 +51,7 @@ class DifNet(nn.Module):
             and 4-th".
         grid_stride: pixels between neighbouring nodes of the walks' grid.
         similarity_backbone: another one for the similarity branch.
+        affinity_scale: factor on the inner products ψ_i·ψ_j; the paper's is 1.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class DifNet(nn.Module):
         walks: tuple[int, ...] = WALKS,
         grid_stride: int = 8,
         similarity_backbone: str | None = None,
+        affinity_scale: float = 1.0,
     ) -> None:
         super().__init__()
         if not walks or any(walk not in WALKS for walk in walks) or list(walks) != sorted(set(walks)):
@@ -75,7 +77,9 @@ class DifNet(nn.Module):
         layers = tuple(walk for walk in walks if walk > 0)
         similarity = similarity_backbone or backbone
         self.similarity_branch = network(similarity, layers) if layers else None
-        self.cascade = gd.CascadedWalk([3 if walk == 0 else channels(similarity)[walk - 1] for walk in walks])
+        self.cascade = gd.CascadedWalk(
+            [3 if walk == 0 else channels(similarity)[walk - 1] for walk in walks], scale=affinity_scale
+        )
 
     @property
     def backbones(self) -> list[nn.Module]:

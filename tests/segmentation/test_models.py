@@ -50,6 +50,16 @@ def test_fewer_walks_need_fewer_layers():
         assert DifNet("resnet18", 21, walks=(0,)).similarity_branch is None
 
 
+def test_the_scale_of_the_affinity_reaches_every_walk():
+    torch.manual_seed(0)
+    image = torch.randn(1, 3, 33, 33)
+    plain = DifNet("resnet18", 4).eval()
+    scaled = DifNet("resnet18", 4, affinity_scale=0.25).eval()
+    scaled.load_state_dict(plain.state_dict())
+    for P, Q in zip(plain.transitions(image), scaled.transitions(image), strict=True):
+        assert torch.allclose(Q.dense(), torch.softmax(0.25 * P.psi @ P.psi.mT, -1), atol=1e-6)
+
+
 @pytest.mark.parametrize("walks", [(0, 1, 2, 3, 4), (0, 2, 4), (0,), (4,), (1, 3)])
 @pytest.mark.parametrize("grid_stride", [8, 5])
 def test_any_walks_and_grid_run_forward_and_backward(walks, grid_stride):

@@ -237,6 +237,8 @@ def test_another_recipe_than_that_of_the_file_is_refused(tmp_path):
         ({"ema_decay": 1.0}, "--ema-decay 1 would never leave the first weights"),
         ({"init_from": "a", "weights_backbone": "b"}, "--init-from a and --weights-backbone b both give"),
         ({"similarity_backbone": "resnet34", "model": "sim-deeplab"}, "sim-deeplab has one branch"),
+        ({"affinity_scale": 0.0}, "--affinity-scale 0.0 would make all pixels alike: give a factor > 0"),
+        ({"affinity_scale": 0.5, "model": "sim-deeplab"}, "--affinity-scale belongs to --model difnet"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(flags, message):
