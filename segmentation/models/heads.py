@@ -33,7 +33,7 @@ class ASPP(nn.Module):
 class Importance(nn.Sequential):
     """H: the importance map M = H(x) in (0, 1) of a score map x [B, K, h, w], as [B, 1, h, w].
 
-    Three times BN-ReLU-conv5x5 without biases, to 8, 4 and 1 channels, then a sigmoid.
+    Three times BN-ReLU-conv5x5 without biases, to 8, 4 and 1 channels, then a sigmoid. M starts near 0.9.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -44,4 +44,9 @@ class Importance(nn.Sequential):
                 nn.ReLU(),
                 nn.Conv2d(in_channels, out_channels, 5, padding=2, bias=False),
             ]
+        # The seed starts as nearly the whole score. With M near 1/2, what random weights give, a step of the
+        # score moves the seed half as far and its gradient is halved once more, so that the start is slow.
+        # What comes out of BN and ReLU has mean 0.4, 100 values of which are summed up.
+        assert isinstance(layers[-1], nn.Conv2d)
+        nn.init.constant_(layers[-1].weight, 0.075)
         super().__init__(*layers, nn.Sigmoid())
