@@ -50,7 +50,7 @@ def heat_kernel(
 
     The walk steps at random times, one a unit of time on average. The error of every right-hand side is
     promised to be at most tol·‖s‖ in the maximum norm for a transition P, in the 1-norm for P.T. By powers
-    of P about t + 6√t products certify 1e-10; for reversible walks Chebyshev polynomials take about 7√t, and
+    of P about t + 7√t products certify 1e-10; for reversible walks Chebyshev polynomials take about 7√t, and
     whichever takes fewer is used. Without gradients a walk that has mixed ends the sum early.
 
     Args:

@@ -45,7 +45,7 @@ def counted(P):
     return Counted(P.indptr, P.indices, P.values, log_degree=P.log_degree)
 
 
-def chain(nodes=400, undirected=True):
+def chain(nodes=300, undirected=True):
     """A cycle with chords; one way, where it is not undirected."""
     node = torch.arange(nodes)
     edges = torch.cat([torch.stack([node, (node + step) % nodes]) for step in (1, 7)], 1)
@@ -60,7 +60,7 @@ def scattered(nodes=600, undirected=True, seed=3):
     )
 
 
-def attention(nodes=400, seed=3):
+def attention(nodes=200, seed=3):
     g = torch.Generator().manual_seed(seed)
     return gd.AttentionTransition(1.5 * torch.randn(nodes, 4, generator=g, dtype=torch.float64))
 
@@ -284,7 +284,7 @@ def test_the_gradient_is_that_of_the_solves_one_by_one():
     P, s = attention(), signal(attention()).requires_grad_()
     psi = P.psi.clone().requires_grad_()
     mus = torch.tensor([0.95, 0.2], dtype=torch.float64, requires_grad=True)
-    g = torch.randn(2, 400, 2, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    g = torch.randn(2, 200, 2, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     got = torch.autograd.grad(gd.solve_path(gd.AttentionTransition(psi), s, mus).value, (psi, s, mus), g)
     one = sum((g[m] * gd.diffuse(gd.AttentionTransition(psi), s, mus[m])).sum() for m in range(2))
     for a, b in zip(got, torch.autograd.grad(one, (psi, s, mus)), strict=True):
