@@ -6,8 +6,9 @@
 """
 
 from graphdiff import nn, operators, solvers
-from graphdiff.diffusion import diffuse, solve
+from graphdiff.diffusion import diffuse, solve, solve_path
 from graphdiff.estimate import Estimate, estimate
+from graphdiff.filters import heat_kernel, polynomial
 from graphdiff.nn import CascadedWalk, Diffusion, FeatureEmbedding, WalkStep
 from graphdiff.operators import (
     AttentionTransition,
@@ -38,9 +39,12 @@ __all__ = [
     "diffuse",
     "estimate",
     "grid_transition",
+    "heat_kernel",
     "nn",
     "operators",
     "pagerank",
+    "polynomial",
     "solve",
+    "solve_path",
     "solvers",
 ]

@@ -124,13 +124,86 @@ def mu(value: float | Tensor, signal_shape: torch.Size, device: torch.device) ->
         mu = torch.full((1, 1), float(value), dtype=dtype, device=device)
     else:
         raise TypeError(f"mu: expected a number or a tensor, got {type(value).__name__}")
+    _below_one(mu, "mu")
+    return mu
+
+
+def mus(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
+    """A path of µ as a floating tensor [M], checked to lie in [0, 1); Python numbers become float64."""
+    if isinstance(values, Tensor):
+        path = floating(values, "mus")
+        same_device(path, "mus", device, "the operator")
+    elif isinstance(values, Sequence) and all(
+        isinstance(x, int | float) and not isinstance(x, bool) for x in values
+    ):
+        path = torch.tensor([float(x) for x in values], dtype=widest(device), device=device)
+    else:
+        raise TypeError(
+            f"mus: expected a list of numbers or a tensor [M], got {type(values).__name__}; for a single µ "
+            "there is solve"
+        )
+    if path.ndim != 1 or path.numel() == 0:
+        raise ValueError(
+            f"mus: expected shape [M] with M ≥ 1, got {shape_text(path)}; one µ per channel or node goes "
+            "into solve"
+        )
+    _below_one(path, "mus")
+    return path
+
+
+def _below_one(mu: Tensor, name: str) -> None:
     if not bool(((mu >= 0) & (mu < 1)).all()):
         low, high = (float(end) for end in mu.detach().aminmax())
         raise ValueError(
-            f"mu: expected 0 ≤ µ < 1, got values from {low:.6g} to {high:.6g}; "
+            f"{name}: expected 0 ≤ µ < 1, got values from {low:.6g} to {high:.6g}; "
             "at µ = 1 the system is singular"
         )
-    return mu
+
+
+def time(value: float | Tensor, signal_shape: torch.Size, device: torch.device) -> Tensor:
+    """A time t ≥ 0 as a floating tensor [..., 1, 1 or K]; a Python number becomes float64."""
+    channels = signal_shape[-1]
+    if isinstance(value, Tensor):
+        t = floating(value, "t")
+        same_device(t, "t", device, "the operator")
+        t = t.reshape(1, 1) if t.ndim == 0 else t
+        if t.ndim == 1 or tuple(t.shape[-2:]) not in {(1, 1), (1, channels)}:
+            raise ValueError(
+                f"t: expected a number, a 0-d tensor or [..., 1, K] with K = {channels}, got "
+                f"{shape_text(t)}; nodes have one time: with one for each, diag(t)(I − P) is another operator"
+            )
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        t = torch.full((1, 1), float(value), dtype=widest(device), device=device)
+    else:
+        raise TypeError(f"t: expected a number or a tensor, got {type(value).__name__}")
+    if not bool((torch.isfinite(t) & (t >= 0)).all()):
+        low, high = (float(end) for end in t.detach().aminmax())
+        raise ValueError(f"t: expected finite times ≥ 0, got values from {low:.6g} to {high:.6g}")
+    return t
+
+
+def coefficients(values: Sequence[float] | Tensor, channels: int, device: torch.device) -> Tensor:
+    """Coefficients of a polynomial as a floating tensor [n + 1, 1 or K]; Python numbers become float64."""
+    if isinstance(values, Tensor):
+        c = floating(values, "coefficients")
+        same_device(c, "coefficients", device, "the operator")
+    elif isinstance(values, Sequence) and all(
+        isinstance(x, int | float) and not isinstance(x, bool) for x in values
+    ):
+        c = torch.tensor([float(x) for x in values], dtype=widest(device), device=device)
+    else:
+        raise TypeError(
+            f"coefficients: expected a list of numbers or a tensor, got {type(values).__name__}; use "
+            "torch.as_tensor"
+        )
+    given = shape_text(c)
+    c = c.unsqueeze(-1) if c.ndim == 1 else c
+    if c.ndim != 2 or len(c) == 0 or c.shape[1] not in {1, channels}:
+        raise ValueError(
+            f"coefficients: expected shape [n + 1], or [n + 1, K] with K = {channels} channels, got {given}"
+        )
+    finite(c, "coefficients")
+    return c
 
 
 def fraction(value: float, name: str) -> float:

@@ -1,6 +1,6 @@
-"""y = (1 − µ)(I − µP)⁻¹ s: `solve` with its evidence, `diffuse` for the value alone."""
+"""y = (1 − µ)(I − µP)⁻¹ s: `solve` with its evidence, `diffuse` for the value, `solve_path` for many µ."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from graphdiff.operators.base import Transition
 from graphdiff.solution import Progress, Solution
 from graphdiff.solvers.auto import Auto, chosen
 from graphdiff.solvers.base import Budget, Solver, norm_of, size
+from graphdiff.solvers.shifted import Shifted
 
 
 def solve(
@@ -68,11 +69,7 @@ def solve(
         >>> bool(sol.converged), float(sol.error_bound) < 1e-10
         (True, True)
     """
-    if not isinstance(P, Transition):
-        raise TypeError(
-            f"P: expected a Transition, got {type(P).__name__}; wrap a matrix with DenseTransition(P) or "
-            "DenseTransition.from_affinity(W), features with AttentionTransition(psi)"
-        )
+    check_transition(P)
     if on_failure not in ("warn", "raise", "ignore"):
         raise ValueError(f'on_failure: expected "warn", "raise" or "ignore", got {on_failure!r}')
     if solver is not None and not isinstance(solver, Solver | Auto):
@@ -84,7 +81,7 @@ def solve(
     for tensor in P.tensors():
         checks.finite(tensor, f"the tensors of {type(P).__name__}")
     mu = checks.mu(mu, signal.shape, P.device)
-    tol = checks.positive_number(tol, "tol") if tol is not None else _default_tol(s.dtype)
+    tol = checks.positive_number(tol, "tol") if tol is not None else default_tol(s.dtype)
     if max_steps is not None:
         checks.positive_integer(max_steps, "max_steps")
     if max_seconds is not None:
@@ -145,8 +142,8 @@ def solve(
 
     solution = Solution(
         value=as_given(value.to(s.dtype)),
-        lower=as_given(_outward(answer.lower, operator.dtype, -torch.inf)),
-        upper=as_given(_outward(answer.upper, operator.dtype, torch.inf)),
+        lower=as_given(outward(answer.lower, operator.dtype, -torch.inf)),
+        upper=as_given(outward(answer.upper, operator.dtype, torch.inf)),
         error_bound=as_given(error_bound.squeeze(-2)),
         converged=as_given(converged.squeeze(-2)),
         steps=as_given(answer.steps),
@@ -155,7 +152,8 @@ def solve(
         solver=str(method),
         reason=f"{why}; {stopped}",
     )
-    report(error_bound, atol, call, f"graphdiff.solve, {method}, {stopped}", limit, solution)
+    what = f"graphdiff.solve, {method}, {stopped}"
+    report(error_bound, atol, on_failure, operator.dtype, what, limit, solution)
     return solution
 
 
@@ -231,11 +229,89 @@ def diffuse(
     ).value
 
 
-def _default_tol(dtype: torch.dtype) -> float:
+def solve_path(
+    P: Transition,
+    s: Tensor,
+    mus: Sequence[float] | Tensor,
+    *,
+    solver: Solver | Auto | None = None,
+    tol: float | None = None,
+    max_steps: int | None = None,
+    max_seconds: float | None = None,
+    progress: Callable[[Progress], object] | None = None,
+    on_failure: OnFailure = "warn",
+) -> Solution:
+    r"""`solve` for every µ of a grid, from the products that the largest takes alone.
+
+    .. math:: y_m = (1 - \mu_m)(I - \mu_m P)^{-1} s, \quad m = 1 \ldots M
+
+    All start from s, so all search one Krylov space (`solvers.Shifted`). In all it takes the products of the
+    largest µ, and one certifying product for each. Promise, gradients and warnings are those of `solve`, for
+    each µ on its own.
+
+    Args:
+        P: Any transition, [..., N, N].
+        s: Signal [..., N, K] or [N], same dtype and device as P. Leading dimensions broadcast with P's.
+        mus: µ in [0, 1), a list of numbers or a tensor [M]; in any order, with repetitions if need be.
+        solver: How; `solvers.Shifted()` if None. Any other solves for each µ by itself.
+        tol: Relative tolerance; 1e-10 in float64, else 1e-5, if None.
+        max_steps: Most steps for a µ; None for as many as theory says can help.
+        max_seconds: Time after which no further step begins; the backward has as much again.
+        progress: Called after every step, of the backward too, with a `Progress`.
+        on_failure: What to do where the promise cannot be kept: "warn", "raise" or "ignore".
+
+    Returns:
+        One `Solution` whose fields have M in front: `value` [M, ..., N, K], or [M, N]; evidence [M, ..., K].
+        `steps` are those after which a µ was done. Products that all share are counted at the largest µ, so
+        ``matvecs.sum(0)`` is what each signal took. `value` is differentiable in s, `mus` and P's tensors.
+
+    Raises:
+        TypeError: An argument is of the wrong type or dtype.
+        ValueError: A shape, device or value does not fit; the message names it.
+        ConvergenceError: The promise is not kept under ``on_failure="raise"``.
+
+    Warns:
+        ConvergenceWarning: The promise is not kept, here or in the backward, under ``on_failure="warn"``.
+
+    Example:
+        >>> import torch, graphdiff as gd
+        >>> P = gd.DenseTransition.from_affinity(torch.ones(2, 2, dtype=torch.float64))
+        >>> gd.solve_path(P, torch.tensor([0.0, 2.0], dtype=torch.float64), [0.0, 0.5, 0.9]).value
+        tensor([[0.0000, 2.0000],
+                [0.5000, 1.5000],
+                [0.9000, 1.1000]], dtype=torch.float64)
+    """
+    check_transition(P)
+    path = checks.mus(mus, P.device)
+    leading = max(checks.floating(s, "s").ndim, 2, len(P.shape))
+    return solve(
+        P,
+        s,
+        path.reshape(-1, *[1] * leading),
+        solver=Shifted() if solver is None else solver,
+        tol=tol,
+        max_steps=max_steps,
+        max_seconds=max_seconds,
+        progress=progress,
+        on_failure=on_failure,
+    )
+
+
+def check_transition(P: object) -> None:
+    """`P` is a transition."""
+    if not isinstance(P, Transition):
+        raise TypeError(
+            f"P: expected a Transition, got {type(P).__name__}; wrap a matrix with DenseTransition(P) or "
+            "DenseTransition.from_affinity(W), features with AttentionTransition(psi)"
+        )
+
+
+def default_tol(dtype: torch.dtype) -> float:
+    """The tolerance of a call that names none."""
     return 1e-10 if dtype == torch.float64 else 1e-5
 
 
-def _outward(bound: Tensor, dtype: torch.dtype, direction: float) -> Tensor:
+def outward(bound: Tensor, dtype: torch.dtype, direction: float) -> Tensor:
     """A bound in another dtype, rounded so that it remains one."""
     cast = bound.to(dtype)
     inside = cast.to(bound.dtype) > bound if direction < 0 else cast.to(bound.dtype) < bound

@@ -87,7 +87,8 @@ def gradients(
     atol = call.tol * size(g.detach(), norm_of(adjoint.operator)) / remaining
     b = mu * g
     v = implicit_solve(adjoint, b, mu, initial=(b / (1 - mu)).detach(), atol=atol.detach())
-    report(v.error_bound, atol, call, "graphdiff, gradient of a solve", spent(budget, v.steps))
+    what, dtype = "graphdiff, gradient of a solve", call.operator.dtype
+    report(v.error_bound, atol, call.on_failure, dtype, what, spent(budget, v.steps))
     g_rhs = g + _product(adjoint.operator, v.x, call.tol)
 
     g_mu: Tensor | None = None
@@ -125,19 +126,20 @@ def spent(budget: Budget, steps: Tensor) -> str | None:
 def report(
     error_bound: Tensor,
     atol: Tensor,
-    call: Call,
+    on_failure: OnFailure,
+    dtype: torch.dtype,
     what: str,
     limit: str | None = None,
     solution: Solution | None = None,
 ) -> None:
     """Warn or raise where a bound missed its target; `limit` is what was spent, if anything was."""
     missed = ~(error_bound <= atol)
-    if call.on_failure == "ignore" or not bool(missed.any()):
+    if on_failure == "ignore" or not bool(missed.any()):
         return
     worst = int(torch.where(missed, error_bound / atol, 0.0).nan_to_num(torch.inf).argmax())
     if limit is not None:
         advice = f"raise {limit} or loosen tol"
-    elif call.operator.dtype == error_bound.dtype:
+    elif dtype == error_bound.dtype:
         advice = "loosen tol"
     else:
         advice = "loosen tol or use float64"
@@ -146,7 +148,7 @@ def report(
         f"{float(atol.flatten()[worst]):.2e} was asked for ({int(missed.sum())} of {missed.numel()} "
         f"right-hand sides); {advice}"
     )
-    if call.on_failure == "raise":
+    if on_failure == "raise":
         raise ConvergenceError(message, solution)
     warnings.warn(message, ConvergenceWarning, stacklevel=_level_of_caller())
 

@@ -254,3 +254,137 @@ def test_pyg_appnp_itself():
         peer = pyg.APPNP(K=steps, alpha=0.1)(x, edges)
         torch.testing.assert_close(appnp(steps, x), peer, rtol=0, atol=1e-6)
     torch.testing.assert_close(symmetric(appnp_graph(), x, 0.9), peer, rtol=0, atol=1e-6)
+
+
+def through(filtered, normalization):
+    """A filter of GDC's transition matrix as a matrix; sym is similar to row (theory 11)."""
+    A, units = gdc_graph(), torch.eye(5, dtype=torch.float64)
+    P, root = gd.DenseTransition.from_affinity(A), A.sum(-1, keepdim=True).sqrt()
+    if normalization == "sym":
+        return root * filtered(P, units / root).value
+    return filtered(P if normalization == "row" else P.T, units).value
+
+
+# The arguments of its tests and its documentation: t = 5 and 10, coefficients [0.8, 0.3, 0.1].
+GDC_FILTERS = {
+    "heat 5": (lambda P, s: gd.heat_kernel(P, s, 5.0), {"method": "heat", "t": 5}),
+    "heat 10": (lambda P, s: gd.heat_kernel(P, s, 10.0), {"method": "heat", "t": 10}),
+    "coeff": (
+        lambda P, s: gd.polynomial(P, s, [0.8, 0.3, 0.1]),
+        {"method": "coeff", "coeffs": [0.8, 0.3, 0.1]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GDC_FILTERS)
+def test_pyg_gdc_heat_and_coefficients_properties(name):
+    """test_gdc: no entry is negative, sym is symmetric, columns and rows keep their sums."""
+    filtered, _ = GDC_FILTERS[name]
+    total = 1.2 if name == "coeff" else 1.0
+    for normalization in ("sym", "row", "col"):
+        assert (through(filtered, normalization) > -1e-9).all()
+    assert (through(filtered, "sym") - through(filtered, "sym").mT).abs().max() < 1e-9
+    assert (through(filtered, "row").sum(1) - total).abs().max() < 1e-9
+    assert (through(filtered, "col").sum(0) - total).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name", GDC_FILTERS)
+@pytest.mark.parametrize("normalization", ["sym", "row", "col"])
+def test_pyg_gdc_heat_and_coefficients_itself(name, normalization):
+    transforms = pytest.importorskip("torch_geometric.transforms", reason="PyG is in [bench] only")
+    filtered, arguments = GDC_FILTERS[name]
+    A, transform = gdc_graph(), transforms.GDC()
+    edges = A.nonzero().mT
+    weights = A[edges[0], edges[1]].float()  # its sum of powers knows no other dtype
+    edges, weights = transform.transition_matrix(edges, weights, 5, normalization)
+    peer = transform.diffusion_matrix_exact(edges, weights, 5, **arguments)
+    # Its column normalisation divides by in-degrees, which of this graph are the out-degrees.
+    torch.testing.assert_close(through(filtered, normalization), peer.double(), rtol=0, atol=1e-5)
+
+
+# --- DGL, docstrings in python/dgl/transforms/module.py (commit 4fd0a15) and
+# tests/python/common/transforms/test_transform.py (commit 0092b2e). There is no wheel of DGL for this torch.
+
+
+def dgl_graph(weights):
+    """A[destination, source]: its five edges. Nothing is normalised."""
+    A = torch.zeros(6, 6, dtype=torch.float64)
+    A[[2, 3, 4, 5, 3], [0, 1, 2, 3, 4]] = torch.tensor(weights, dtype=torch.float64)
+    return A
+
+
+def with_a_sink(A):
+    """A ≥ 0 with row sums ≤ 1 as a walk: what is missing of a row goes to one more node, and stays there."""
+    n = len(A)
+    P = torch.zeros(n + 1, n + 1, dtype=torch.float64)
+    P[:n, :n], P[:n, n], P[n, n] = A, 1 - A.sum(1), 1
+    return gd.DenseTransition(P)
+
+
+def units_and_none(n):
+    """Unit signals on the first n nodes, nothing on the sink."""
+    return torch.eye(n + 1, n, dtype=torch.float64)
+
+
+def kept(M, average_degree=2):
+    """Its sparsification: the threshold is the (n · average degree)-th largest entry."""
+    threshold = M.flatten().sort(descending=True).values[average_degree * len(M) - 1]
+    return threshold - 1e-9 <= M
+
+
+DGL_PRINTED = {
+    "PPR": (
+        lambda P, s: gd.solve(P, s, 0.85),
+        [0.1500, 0.1500, 0.1500, 0.0255, 0.0163, 0.1500, 0.0638, 0.0383, 0.1500, 0.0510, 0.0217, 0.1500],
+    ),
+    "HeatKernel": (
+        lambda P, s: gd.heat_kernel(P, s, 2.0),
+        [0.1353, 0.1353, 0.1353, 0.0541, 0.0406, 0.1353, 0.1353, 0.0812, 0.1353, 0.1083, 0.0541, 0.1353],
+    ),
+    "GDC": (
+        lambda P, s: gd.polynomial(P, s, [0.3, 0.2, 0.1]),
+        [0.3000, 0.3000, 0.0200, 0.3000, 0.0400, 0.3000, 0.1000, 0.0600, 0.3000, 0.0800, 0.0200, 0.3000],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DGL_PRINTED)
+def test_dgl_documented_examples(name):
+    """PPR(α = .15), HeatKernel(t = 2) and GDC([.3, .2, .1]), weights .1 to .5, as printed there."""
+    filtered, printed = DGL_PRINTED[name]
+    M = filtered(with_a_sink(dgl_graph([0.1, 0.2, 0.3, 0.4, 0.5])), units_and_none(6)).value[:6]
+    assert M[kept(M)].tolist() == pytest.approx(printed, abs=5.1e-5)
+
+
+def test_dgl_edges_of_unit_weights():
+    """test_module_ppr: a row sums to 2. Scaled by v = (I − A)⁻¹1, A v = v − 1 ≤ v, it is that of a walk."""
+    A = dgl_graph([1.0] * 5)
+    v = torch.linalg.solve(torch.eye(6, dtype=torch.float64) - A, torch.ones(6, 1, dtype=torch.float64))
+    assert (v >= 1).all()
+    units = units_and_none(6)
+    units[:6] /= v
+    M = v * gd.diffuse(with_a_sink(A * v.mT / v), units, 0.85)[:6]
+    edges = {(int(source), int(target)) for target, source in kept(M).nonzero()}
+    assert edges == {
+        *((0, 0), (0, 2), (0, 4), (1, 1), (1, 3), (1, 5), (2, 2), (2, 3), (2, 4)),
+        *((3, 3), (3, 5), (4, 3), (4, 4), (4, 5), (5, 5)),
+    }
+
+
+def test_dgl_on_a_graph_that_it_does_not_normalise():
+    """Karate with unit weights: its heat is ours at another time and scale, its PPR is no diffusion.
+
+    exp(t(A − I)) = e^(t(c − 1)) exp(−tc(I − A/c)) for any c, and A/c with c the largest degree is a walk with
+    a sink. But α(I − (1 − α)A)⁻¹ is no sum over walks where the spectral radius of (1 − α)A is above 1, here
+    5.7: half of its entries are negative, and nothing that averages can reproduce them.
+    """
+    A = torch.from_numpy(nx.to_numpy_array(nx.karate_club_graph(), weight=None))
+    c, t = float(A.sum(1).max()), 2.0
+    sol = gd.heat_kernel(with_a_sink(A / c), units_and_none(34), t * c, tol=1e-15, on_failure="ignore")
+    ours = torch.tensor(t * (c - 1), dtype=torch.float64).exp() * sol.value[:34]
+    theirs = torch.linalg.matrix_exp(t * (A - torch.eye(34, dtype=torch.float64)))
+    scale = float(torch.tensor(t * (c - 1)).double().exp() * sol.error_bound.max())
+    assert (ours - theirs).abs().max() <= scale
+    ppr = 0.15 * torch.linalg.inv(torch.eye(34, dtype=torch.float64) - 0.85 * A)
+    assert float(0.85 * torch.linalg.eigvalsh(A).max()) == pytest.approx(5.7, abs=0.05)
+    assert 0.4 < float((ppr < 0).double().mean()) < 0.6

@@ -196,6 +196,7 @@ SOLVERS: dict[str, gd.solvers.Solver | gd.solvers.Auto] = {
     "Chebyshev": gd.solvers.Chebyshev(),
     "CG": gd.solvers.CG(),
     "BiCGSTAB": gd.solvers.BiCGSTAB(),
+    "Shifted": gd.solvers.Shifted(),
     "Auto": gd.solvers.Auto(),
 }
 
