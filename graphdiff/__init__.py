@@ -19,6 +19,7 @@ from graphdiff.operators import (
 )
 from graphdiff.ranking import pagerank
 from graphdiff.solution import ConvergenceError, ConvergenceWarning, Solution
+from graphdiff.topk import TopK, top_k
 
 __all__ = [
     "AttentionTransition",
@@ -32,6 +33,7 @@ __all__ = [
     "FunctionTransition",
     "Solution",
     "SparseTransition",
+    "TopK",
     "Transition",
     "WalkStep",
     "diffuse",
@@ -42,4 +44,5 @@ __all__ = [
     "pagerank",
     "solve",
     "solvers",
+    "top_k",
 ]
