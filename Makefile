@@ -41,6 +41,7 @@ bench: $(STAMP) ## print the tables of docs/benchmarks.md (half an hour, idle ma
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/certificates.py
 	$(if $(GRAPHS),$(BIN)/python benchmarks/labels.py --data $(GRAPHS))
+	$(BIN)/python benchmarks/top_k.py $(if $(GRAPHS),--data $(GRAPHS))
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/attention.py
 	$(if $(VOC),$(BIN)/python benchmarks/loading.py --data-path $(VOC))

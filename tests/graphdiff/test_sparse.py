@@ -1,5 +1,6 @@
 """Walks given by their edges, by an image or by a product: every constructor against the dense matrix."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
