@@ -103,7 +103,7 @@ def test_bounds_gaps_and_ranks_hold(problem, k, tol, dtype):
 
 
 @settings(max_examples=60)
-@given(problems(names=SPARSE, mus=(0.3, 0.85, 0.99), batches=((),)))
+@given(problems(names=SPARSE, mus=(0.3, 0.85, 0.99, 0.9999), batches=((),)))
 def test_bounds_hold_to_the_last_digit(problem):
     """Where rounding is all that is left, the bounds still cover it."""
     P, n = problem.P, problem.s.shape[-2]
@@ -115,6 +115,19 @@ def test_bounds_hold_to_the_last_digit(problem):
     index = found.indices.numpy()[there]
     assert (found.lower.numpy()[there] <= exact[index]).all()
     assert (found.upper.numpy()[there] >= exact[index]).all()
+
+
+def test_rounding_is_counted_where_nothing_seems_left():
+    """With µ near 1 a residual that comes out as next to nothing still may hide errors 1/(1 − µ) as large."""
+    e, g = torch.eye(3, dtype=torch.float64)[:, :1], torch.Generator().manual_seed(3)
+    for _ in range(150):
+        W = torch.rand(3, 3, generator=g, dtype=torch.float64)
+        P = gd.SparseTransition.from_torch((W + W.T).to_sparse())
+        found = gd.top_k(P, 0, 3, 0.99999, tol=1e-300, on_failure="ignore")
+        exact = to_the_last_digit(P.dense().numpy().astype(np.longdouble).T, e, 0.99999)[:, 0]
+        index = found.indices.numpy()
+        assert (found.lower.numpy() <= exact[index]).all()
+        assert (found.upper.numpy() >= exact[index]).all()
 
 
 @pytest.mark.parametrize("directed", [False, True])
@@ -137,6 +150,28 @@ def test_graphs_on_which_little_is_near(mu):
         check(found, pagerank_of(P, source, mu), 1e-6, 1e-13)
     P = square_grid(100)
     assert gd.top_k(P, 50 * 101, 12, mu, tol=1e-4).work < 2 * len(P.indices)
+
+
+def test_nodes_never_seen_may_be_larger_than_those_that_are():
+    """A hub a few steps away along a path: how soon it is found depends on k and tol."""
+    i = torch.arange(200)
+    path = torch.stack([i, i + 1])
+    leaves = torch.stack([torch.full((60,), 7), torch.arange(201, 261)])
+    P = gd.SparseTransition.from_edge_index(
+        torch.cat([path, leaves], 1), undirected=True, dtype=torch.float64
+    )
+    exact = pagerank_of(P, 0, 0.85)
+    for k in range(1, 12):
+        for tol in (0.3, 0.1, 0.03, 0.01, 0.003):
+            check(gd.top_k(P, 0, k, tol=tol), exact, tol, 1e-13)
+
+
+def test_every_node_is_listed_once():
+    """Many nodes opened at once have neighbours in common."""
+    P = square_grid(30)
+    exact = pagerank_of(P, 465, 0.85)
+    for k in range(5, 70, 4):
+        check(gd.top_k(P, 465, k, tol=0.2), exact, 0.2, 1e-13)
 
 
 def test_work_does_not_know_how_large_the_graph_is():
