@@ -43,6 +43,7 @@ bench: $(STAMP) ## print the tables of docs/benchmarks.md (half an hour, idle ma
 	$(if $(GRAPHS),$(BIN)/python benchmarks/labels.py --data $(GRAPHS))
 	$(BIN)/python benchmarks/path.py $(if $(GRAPHS),--data $(GRAPHS))
 	$(BIN)/python benchmarks/heat.py $(if $(GRAPHS),--data $(GRAPHS))
+	$(BIN)/python benchmarks/top_k.py $(if $(GRAPHS),--data $(GRAPHS))
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/attention.py
 	$(if $(VOC),$(BIN)/python benchmarks/loading.py --data-path $(VOC))

@@ -20,6 +20,7 @@ from graphdiff.operators import (
 )
 from graphdiff.ranking import pagerank
 from graphdiff.solution import ConvergenceError, ConvergenceWarning, Progress, Solution
+from graphdiff.topk import TopK, top_k
 
 __all__ = [
     "AttentionTransition",
@@ -34,6 +35,7 @@ __all__ = [
     "Progress",
     "Solution",
     "SparseTransition",
+    "TopK",
     "Transition",
     "WalkStep",
     "diffuse",
@@ -47,4 +49,5 @@ __all__ = [
     "solve",
     "solve_path",
     "solvers",
+    "top_k",
 ]

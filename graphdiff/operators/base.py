@@ -126,9 +126,16 @@ class Transition(ABC):
         """Every step out of some nodes, where the operator is sparse.
 
         Returns:
-            (position, node, probability), each [number of steps]: from index[position] to node.
+            (position, node, probability), each [number of steps]: from index[position] to node, in the order
+            of positions.
         """
         raise TypeError(f"neighbours: {self} is not sparse; use rows(index)")
+
+    def _steps_into(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of Pᵀ: every step into some nodes."""
+        into = self.to_scipy().T.tocsr()[index.cpu().numpy()].tocoo()
+        position, node = (torch.as_tensor(x, device=self.device).long() for x in into.coords)
+        return position, node, torch.as_tensor(into.data, device=self.device)
 
     def to_scipy(self) -> Any:
         """P as a `scipy.sparse.csr_array`, where the operator is sparse."""
@@ -242,9 +249,7 @@ class TransposedTransition(Transition):
 
     def neighbours(self, index: Tensor | Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Every step into some nodes."""
-        into = self.to_scipy()[self._row_index(index).cpu().numpy()].tocoo()
-        position, node = (torch.as_tensor(x, device=self.device).long() for x in into.coords)
-        return position, node, torch.as_tensor(into.data, device=self.device)
+        return self.original._steps_into(self._row_index(index))
 
     def to_scipy(self) -> Any:
         """Pᵀ as a `scipy.sparse.csr_array`."""

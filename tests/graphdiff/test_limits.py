@@ -9,7 +9,8 @@ import torch
 import graphdiff as gd
 from tests.graphdiff.zoo import SOLVERS, oracle
 
-STEPWISE = [name for name in SOLVERS if name not in ("Direct", "Auto")]
+# Push takes signals one after the other.
+STEPWISE = [name for name in SOLVERS if name not in ("Direct", "Push", "Auto")]
 
 
 @pytest.fixture
@@ -41,6 +42,20 @@ def test_time_enough_changes_nothing(chain, name):
     assert torch.equal(plain.value, timed.value)
     assert torch.equal(plain.steps, timed.steps)
     assert plain.reason == timed.reason
+
+
+def test_push_keeps_to_the_time_and_tells_of_one_signal_after_the_other(chain):
+    P, s = chain
+    seen: list[gd.Progress] = []
+    sol = gd.solve(P, s, 0.9, solver=gd.solvers.Push(), progress=seen.append)
+    assert sol.converged.all()
+    assert [report.unfinished for report in seen] == sorted((r.unfinished for r in seen), reverse=True)
+    assert {report.unfinished for report in seen} >= {1, 2, 3}
+    brief = gd.solve(P, s, 0.99, solver=gd.solvers.Push(), max_seconds=1e-9, on_failure="ignore")
+    assert brief.steps.tolist() == [1, 0, 0]
+    assert "stopped at max_seconds = 1e-09" in brief.reason
+    exact = oracle(P.dense(), s, 0.99)
+    assert ((brief.value - exact).abs().amax(0) <= brief.error_bound).all()
 
 
 def test_a_missed_tolerance_names_the_time(chain):

@@ -1,5 +1,6 @@
 """Walks given by their edges, by an image or by a product: every constructor against the dense matrix."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -534,3 +535,25 @@ def test_a_function_of_rounded_rows_is_certified_as_it_is():
     exact = 0.001 * torch.linalg.solve(torch.eye(40).double() - 0.999 * D.double(), s.double())
     assert sol.converged
     assert (sol.value.double() - exact).abs().max() <= sol.error_bound
+
+
+@pytest.mark.parametrize("leaves", [9457, 20001, 100003])
+def test_a_hub_of_many_equal_edges(leaves):
+    """Their sum, edge after edge, is off by far more than its entries are."""
+    star = torch.stack([torch.zeros(leaves, dtype=torch.int64), torch.arange(1, leaves + 1)])
+    P = gd.SparseTransition.from_edge_index(star, undirected=True, dtype=torch.float64)
+    assert abs(P.values[:leaves].numpy().astype(np.longdouble).sum() - 1) < 1e-15
+
+
+def test_neighbours_of_the_transpose():
+    """Every step into some nodes, at the price of these alone, and differentiable."""
+    P = from_edges(EDGES, WEIGHT)
+    index = torch.tensor([2, 0, 2])
+    position, node, probability = P.T.neighbours(index)
+    rows = torch.zeros(3, P.shape[-1], dtype=P.dtype)
+    rows.index_put_((position, node), probability, accumulate=True)
+    assert torch.equal(rows, P.dense().T[index])
+    assert (position[1:] >= position[:-1]).all()
+    weight = WEIGHT.detach().clone().requires_grad_()
+    from_edges(EDGES, weight).T.neighbours([1])[2].sum().backward()
+    assert weight.grad.abs().sum() > 0

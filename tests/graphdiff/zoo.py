@@ -197,12 +197,15 @@ SOLVERS: dict[str, gd.solvers.Solver | gd.solvers.Auto] = {
     "CG": gd.solvers.CG(),
     "BiCGSTAB": gd.solvers.BiCGSTAB(),
     "Shifted": gd.solvers.Shifted(),
+    "Push": gd.solvers.Push(),
     "Auto": gd.solvers.Auto(),
 }
 
 
 def applies(solver: gd.solvers.Solver | gd.solvers.Auto, P: gd.Transition) -> bool:
-    """Whether the solver is for such walks: these two need reversible ones, and say so."""
+    """Whether the solver is for such walks: two need reversible ones, one sparse ones, and say so."""
+    if isinstance(solver, gd.solvers.Push):
+        return P.sparse
     return P.reversible or not isinstance(solver, gd.solvers.CG | gd.solvers.Chebyshev)
 
 

@@ -1,0 +1,450 @@
+"""The first ranks by push, and `solvers.Push`: bounds, ranks, locality and refusals."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import graphdiff as gd
+from tests.graphdiff.zoo import oracle, problems, to_the_last_digit
+
+SPARSE = (
+    "sparse directed",
+    "sparse path",
+    "sparse star",
+    "isolated node",
+    "sparse disconnected",
+    "grid",
+    "grid of 8",
+)
+EDGES = torch.tensor([[0, 0, 1, 2, 3], [1, 2, 2, 0, 4]])
+DIRECTED = gd.SparseTransition.from_edge_index(EDGES, dtype=torch.float64)
+
+
+def ring(nodes, **options):
+    i = torch.arange(nodes)
+    return gd.SparseTransition.from_edge_index(torch.stack([i, (i + 1) % nodes]), undirected=True, **options)
+
+
+def square_grid(side):
+    return gd.grid_transition(torch.zeros(1, side, side, dtype=torch.float64))
+
+
+def scale_free(nodes, directed, seed=3):
+    """Each node points at five before it, rather at early ones: hubs, leaves and a short diameter."""
+    g = torch.Generator().manual_seed(seed)
+    i = torch.arange(1, nodes).repeat(5)
+    j = (torch.rand(len(i), generator=g, dtype=torch.float64) ** 2 * i).long()
+    weight = 0.1 + torch.rand(len(i), generator=g, dtype=torch.float64)
+    if directed:
+        # Every third edge goes back, so walks do not all end at node 0.
+        back = torch.arange(len(i)) % 3 == 0
+        edges = torch.cat([torch.stack([i, j]), torch.stack([j, i])[:, back]], 1)
+        return gd.SparseTransition.from_edge_index(edges, torch.cat([weight, weight[back]]), nodes)
+    return gd.SparseTransition.from_edge_index(torch.stack([i, j]), weight, nodes, undirected=True)
+
+
+def pagerank_of(P, source, mu):
+    e = torch.zeros(P.shape[-1], 1, dtype=torch.float64)
+    e[source] = 1
+    return oracle(P.to(torch.float64).dense().mT, e, mu).squeeze(-1)
+
+
+def check(found, exact, tol, slip):
+    """All that a TopK says of one query, against the exact y [N] which is right to `slip`."""
+    there = found.indices >= 0
+    index = found.indices[there]
+    assert len(set(index.tolist())) == len(index)
+    assert (found.lower[there] <= exact[index] + slip).all()
+    assert (found.upper[there] >= exact[index] - slip).all()
+    assert (found.lower <= found.values).all()
+    assert (found.values <= found.upper).all()
+    assert (found.values[:-1] >= found.values[1:]).all()
+    for j, node in enumerate(index.tolist()):
+        rest = exact.clone()
+        rest[index[: j + 1]] = -1
+        assert rest.max() <= exact[node] + found.gap[j] + slip
+        if found.certified[j]:
+            assert rest.max() < exact[node] + slip
+            assert (exact[index[:j]] > exact[node] - slip).all()
+    assert bool(found.converged) == bool((found.gap <= tol).all())
+    if not there.all():
+        # Those left out cannot be reached; those at hand can.
+        missing = torch.ones(len(exact), dtype=torch.bool)
+        missing[index] = False
+        assert (exact[missing].abs() <= slip).all()
+        assert not there[len(index) :].any()
+        assert (found.values[~there] == 0).all()
+
+
+# --- mathematics
+
+
+@settings(max_examples=150)
+@given(
+    problems(names=SPARSE, mus=(0.0, 0.3, 0.85, 0.99), batches=((),)),
+    st.integers(1, 14),
+    st.sampled_from([1e-2, 1e-6, 1e-12]),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_bounds_gaps_and_ranks_hold(problem, k, tol, dtype):
+    P = problem.P.to(dtype)
+    source = k % P.shape[-1]
+    found = gd.top_k(P, source, k, problem.mu, tol=tol, on_failure="ignore")
+    slip = 1e-13 / (1 - problem.mu)
+    check(found, pagerank_of(P, source, problem.mu), tol, slip)
+    assert found.converged or tol == 1e-12
+    assert found.indices.shape == (k,)
+    assert found.values.dtype == torch.float64
+
+
+@settings(max_examples=60)
+@given(problems(names=SPARSE, mus=(0.3, 0.85, 0.99, 0.9999), batches=((),)))
+def test_bounds_hold_to_the_last_digit(problem):
+    """Where rounding is all that is left, the bounds still cover it."""
+    P, n = problem.P, problem.s.shape[-2]
+    e = torch.zeros(n, 1, dtype=torch.float64)
+    e[n // 2] = 1
+    exact = to_the_last_digit(P.dense().numpy().astype(np.longdouble).T, e, problem.mu)[:, 0]
+    found = gd.top_k(P, n // 2, n, problem.mu, tol=1e-300, on_failure="ignore")
+    there = (found.indices >= 0).numpy()
+    index = found.indices.numpy()[there]
+    assert (found.lower.numpy()[there] <= exact[index]).all()
+    assert (found.upper.numpy()[there] >= exact[index]).all()
+
+
+def test_rounding_is_counted_where_nothing_seems_left():
+    """With µ near 1 a residual that comes out as next to nothing still may hide errors 1/(1 − µ) as large."""
+    e, g = torch.eye(3, dtype=torch.float64)[:, :1], torch.Generator().manual_seed(3)
+    for _ in range(150):
+        W = torch.rand(3, 3, generator=g, dtype=torch.float64)
+        P = gd.SparseTransition.from_torch((W + W.T).to_sparse())
+        found = gd.top_k(P, 0, 3, 0.99999, tol=1e-300, on_failure="ignore")
+        exact = to_the_last_digit(P.dense().numpy().astype(np.longdouble).T, e, 0.99999)[:, 0]
+        index = found.indices.numpy()
+        assert (found.lower.numpy() <= exact[index]).all()
+        assert (found.upper.numpy() >= exact[index]).all()
+
+
+@pytest.mark.parametrize("directed", [False, True])
+@pytest.mark.parametrize("mu", [0.5, 0.85, 0.99])
+@pytest.mark.parametrize("tol", [1e-4, 1e-6, 1e-10])
+def test_graphs_on_which_everything_is_near(directed, mu, tol):
+    """The region becomes the whole graph, with hubs and leaves, along conjugate gradients or without."""
+    P = scale_free(400, directed)
+    for source in (0, 57, 399):
+        found = gd.top_k(P, source, 30, mu, tol=tol)
+        check(found, pagerank_of(P, source, mu), tol, 1e-13 / (1 - mu))
+    assert found.work > len(P.indices)
+
+
+@pytest.mark.parametrize("mu", [0.5, 0.85, 0.95])
+def test_graphs_on_which_little_is_near(mu):
+    P = square_grid(32)
+    for source in (0, 16 * 33, 700):
+        found = gd.top_k(P, source, 12, mu)
+        check(found, pagerank_of(P, source, mu), 1e-6, 1e-13)
+    P = square_grid(100)
+    assert gd.top_k(P, 50 * 101, 12, mu, tol=1e-4).work < 2 * len(P.indices)
+
+
+def test_nodes_never_seen_may_be_larger_than_those_that_are():
+    """A hub a few steps away along a path: how soon it is found depends on k and tol."""
+    i = torch.arange(200)
+    path = torch.stack([i, i + 1])
+    leaves = torch.stack([torch.full((60,), 7), torch.arange(201, 261)])
+    P = gd.SparseTransition.from_edge_index(
+        torch.cat([path, leaves], 1), undirected=True, dtype=torch.float64
+    )
+    exact = pagerank_of(P, 0, 0.85)
+    for k in range(1, 12):
+        for tol in (0.3, 0.1, 0.03, 0.01, 0.003):
+            check(gd.top_k(P, 0, k, tol=tol), exact, tol, 1e-13)
+
+
+def test_every_node_is_listed_once():
+    """Many nodes opened at once have neighbours in common."""
+    P = square_grid(30)
+    exact = pagerank_of(P, 465, 0.85)
+    for k in range(5, 70, 4):
+        check(gd.top_k(P, 465, k, tol=0.2), exact, 0.2, 1e-13)
+
+
+def test_work_does_not_know_how_large_the_graph_is():
+    """A region that does not come to the border of the grid is the same in any grid."""
+    small, large = ((square_grid(side), side * (side // 2) + side // 2) for side in (120, 240))
+    a, b = (gd.top_k(P, centre, 40, 0.85) for P, centre in (small, large))
+    assert a.work == b.work
+    assert torch.equal(a.values, b.values)
+    assert torch.equal(a.certified, b.certified)
+    # The pixel (row, column) has another number in a wider grid.
+    row, column = a.indices // 120 - 60, a.indices % 120 - 60
+    assert torch.equal(b.indices, (row + 120) * 240 + column + 120)
+
+
+def test_a_large_tolerance_is_cheap():
+    P = square_grid(60)
+    work = [int(gd.top_k(P, 1830, 20, tol=tol).work) for tol in (1e-2, 1e-4, 1e-6, 1e-9)]
+    assert work == sorted(work)
+    assert work[0] < 0.2 * work[-1]
+
+
+def test_ties_end_the_search_and_are_not_decided():
+    star = gd.SparseTransition.from_edge_index(
+        torch.stack([torch.zeros(30, dtype=torch.int64), torch.arange(1, 31)]),
+        undirected=True,
+        dtype=torch.float64,
+    )
+    found = gd.top_k(star, 0, 5)
+    assert found.converged
+    assert found.certified.tolist() == [True, False, False, False, False]
+    assert (found.gap <= 1e-6).all()
+    assert "ties" in found.reason
+    # From a leaf that leaf, too, stands out.
+    assert gd.top_k(star, 7, 3).certified.tolist() == [True, True, False]
+    assert set(gd.top_k(star, 7, 2).indices.tolist()) == {0, 7}
+    assert gd.top_k(star, 7, 2).reason == "every rank is certain"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_walk_wrongly_called_reversible_gives_no_wrong_bound(seed):
+    g = torch.Generator().manual_seed(seed)
+    edges = torch.randint(0, 40, (2, 160), generator=g)
+    weight = torch.rand(160, generator=g, dtype=torch.float64) ** 3
+    P = gd.SparseTransition.from_edge_index(edges, weight, 40, reversible=True)
+    found = gd.top_k(P, 0, 10, tol=1e-8, on_failure="ignore")
+    check(found, pagerank_of(P, 0, 0.85), 1e-8, 1e-12)
+    assert found.converged
+    # Nor do degrees that are those of another walk.
+    P = gd.SparseTransition(
+        P.indptr, P.indices, P.values, log_degree=9 * torch.rand(40, generator=g).double()
+    )
+    check(gd.top_k(P, 0, 10, tol=1e-8), pagerank_of(P, 0, 0.85), 1e-8, 1e-12)
+
+
+@pytest.mark.parametrize("spread", [40.0, 400.0, 2000.0])
+def test_degrees_of_any_size(spread):
+    """Weights along a path that span many orders of magnitude, up to more than numbers do."""
+    log_weight = torch.linspace(0, spread, 59, dtype=torch.float64)
+    degree = torch.logaddexp(log_weight[1:], log_weight[:-1])
+    right = torch.cat([torch.ones(1).double(), (log_weight[1:] - degree).exp()])
+    left = torch.cat([(log_weight[:-1] - degree).exp(), torch.ones(1).double()])
+    i = torch.arange(59)
+    edges = torch.cat([torch.stack([i, i + 1]), torch.stack([i + 1, i])], 1)
+    P = gd.SparseTransition.from_edge_index(edges, torch.cat([right, left]))
+    log_degree = torch.cat([log_weight[:1], degree, log_weight[-1:]])
+    P = gd.SparseTransition(P.indptr, P.indices, P.values, log_degree=log_degree)
+    for source in (0, 30, 59):
+        check(gd.top_k(P, source, 10), pagerank_of(P, source, 0.85), 1e-6, 1e-13)
+
+
+# --- as users see it
+
+
+def test_it_agrees_with_pagerank():
+    P, e = DIRECTED, torch.zeros(5, dtype=torch.float64)
+    e[0] = 1
+    ranks = gd.pagerank(P, e, 0.7).value
+    found = gd.top_k(P, 0, 3, 0.7, tol=1e-11)
+    assert found.indices.tolist() == ranks.argsort(descending=True)[:3].tolist()
+    assert (found.values - ranks[found.indices]).abs().max() < 1e-9
+    assert found.certified.all()
+
+
+def test_many_sources_are_many_queries():
+    P = scale_free(200, True)
+    alone = [gd.top_k(P, source, 7) for source in (3, 150)]
+    for sources in ([3, 150], torch.tensor([3, 150]), torch.tensor([3, 150], dtype=torch.int32)):
+        both = gd.top_k(P, sources, 7)
+        for name in ("indices", "values", "lower", "upper", "certified", "gap", "converged", "work"):
+            assert torch.equal(getattr(both, name), torch.stack([getattr(one, name) for one in alone]))
+    assert both.indices.shape == (2, 7)
+    assert both.work.shape == both.converged.shape == (2,)
+    assert gd.top_k(P, np.int64(3), 7, torch.tensor(0.85)).indices.shape == (7,)
+    assert "2, 7" in repr(both)
+    assert "converged" in repr(both)
+
+
+def test_nodes_that_cannot_be_reached_are_not_listed():
+    found = gd.top_k(DIRECTED, 3, 4)
+    assert found.indices.tolist() == [4, 3, -1, -1]
+    assert found.certified.all()
+    assert found.converged
+    assert found.values[2:].tolist() == [0, 0]
+    # As many as there are, and more.
+    assert sorted(gd.top_k(DIRECTED, 0, 3).indices.tolist()) == [0, 1, 2]
+    assert gd.top_k(DIRECTED, 0, 50).indices[3:].tolist() == [-1] * 47
+    # Where the graph is large beside what is reached, and where it is not.
+    apart = torch.tensor([[0, 1, 7, 8], [1, 2, 8, 9]])
+    for nodes in (10, 1000):
+        P = gd.SparseTransition.from_edge_index(apart, None, nodes, undirected=True, dtype=torch.float64)
+        assert gd.top_k(P, 0, 5).indices.tolist() == [1, 0, 2, -1, -1]
+    # All that is reached counts, be it next to nothing.
+    assert sorted(gd.top_k(ring(400), 0, 41, 0.01).indices.tolist()) == sorted({*range(21), *range(380, 400)})
+
+
+def test_a_limit_on_work_leaves_what_is_known():
+    P = square_grid(50)
+    exact = pagerank_of(P, 1275, 0.85)
+    with pytest.warns(gd.ConvergenceWarning, match=r"top_k: ranks are known up to a gap of .*raise max_work"):
+        found = gd.top_k(P, 1275, 20, max_work=300)
+    assert not found.converged
+    assert found.reason == "stopped at max_work = 300"
+    assert 300 <= found.work < 3000
+    check(found, exact, 1e-6, 1e-13)
+    assert "NOT converged" in repr(found)
+    with pytest.raises(gd.ConvergenceError, match="top_k"):
+        gd.top_k(P, 1275, 20, max_work=300, on_failure="raise")
+    hubs = scale_free(400, True)
+    early = gd.top_k(hubs, 5, 20, max_work=5000, on_failure="ignore")
+    check(early, pagerank_of(hubs, 5, 0.85), 1e-6, 1e-13)
+    assert early.work < 5000 + 4 * len(hubs.indices)
+
+
+def test_where_rounding_ends_it():
+    with pytest.warns(gd.ConvergenceWarning, match="rounding allows no more"):
+        found = gd.top_k(ring(30, dtype=torch.float64), 0, 5, tol=1e-30)
+    assert found.certified.tolist() == [True, False, False, False, False]
+
+
+def test_a_walk_in_float32_is_taken_as_it_is():
+    P = scale_free(300, False).to(torch.float32)
+    found = gd.top_k(P, 9, 20, tol=1e-9)
+    check(found, pagerank_of(P, 9, 0.85), 1e-9, 1e-13)
+
+
+def shared_graph(name):
+    folder = Path(os.environ.get("GRAPHDIFF_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+    path = folder / "graphs" / f"{name}.npz"
+    if not path.exists():
+        pytest.skip(f"no {name}.npz in {path.parent}; GRAPHDIFF_DATA names the folder above it")
+    with np.load(path) as data:
+        edges = torch.from_numpy(np.stack([data["src"], data["dst"]]).astype(np.int64))
+        nodes, directed = int(data["num_nodes"]), bool(data["directed"])
+    return gd.SparseTransition.from_edge_index(
+        edges, None, nodes, undirected=not directed, dtype=torch.float64
+    )
+
+
+@pytest.mark.parametrize("name", ["email-Enron", "soc-Slashdot0902"])
+def test_a_hundred_ranks_of_a_social_graph(name):
+    P = shared_graph(name)
+    degree = P.indptr.diff()
+    typical = (degree == degree.median()).nonzero().flatten()
+    for source in (int(typical[0]), int(typical[len(typical) // 2]), int(degree.argmax())):
+        e = torch.zeros(P.shape[-1], dtype=torch.float64)
+        e[source] = 1
+        sol = gd.pagerank(P, e, tol=1e-11)
+        found = gd.top_k(P, source, 100)
+        exact = sol.value[found.indices]
+        assert found.converged
+        assert (found.lower <= exact + sol.error_bound).all()
+        assert (found.upper >= exact - sol.error_bound).all()
+        best = sol.value.sort(descending=True, stable=True)
+        # Ties aside the same nodes in the same order.
+        assert (best.values[:100] - exact).abs().max() <= 1e-6 + 2 * sol.error_bound
+        assert torch.equal(best.indices[:100][found.certified], found.indices[found.certified])
+
+
+# --- solvers.Push
+
+
+def test_push_stays_near_the_signal():
+    P = ring(5000, dtype=torch.float64)
+    s = torch.zeros(5000, 2, dtype=torch.float64)
+    s[100, 0], s[2000, 1], s[2003, 1] = 1, -3, 1
+    for Q in (P, P.T):
+        sol = gd.solve(Q, s, 0.5, solver=gd.solvers.Push())
+        assert sol.converged.all()
+        assert ((sol.value != 0).sum(0) < 200).all()
+        # A few products of the certificate, and of push less than one.
+        assert (sol.matvecs <= 4).all()
+        assert (sol.value - gd.diffuse(Q, s, 0.5, solver=gd.solvers.CG())).abs().max() < 3e-10
+
+
+def test_push_takes_a_dense_signal_and_a_first_guess():
+    P = scale_free(300, True)
+    s = torch.randn(300, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    sol = gd.solve(P, s, 0.9, solver=gd.solvers.Push())
+    exact = oracle(P.dense(), s, 0.9)
+    assert ((sol.value - exact).abs().amax(0) <= sol.error_bound + 1e-13).all()
+    again = gd.solve(P, s, 0.9, solver=gd.solvers.Push(), initial=sol.value)
+    assert (again.steps <= 1).all()
+    assert again.converged.all()
+
+
+def test_push_stops_at_max_steps():
+    P, s = square_grid(20), torch.zeros(400, dtype=torch.float64)
+    s[190] = 1
+    sol = gd.solve(P, s, 0.99, solver=gd.solvers.Push(), max_steps=3, on_failure="ignore")
+    assert sol.steps <= 4
+    assert not sol.converged
+    assert (sol.value - oracle(P.dense(), s.unsqueeze(-1), 0.99).squeeze(-1)).abs().max() <= sol.error_bound
+
+
+def test_push_differentiates_like_any_solver():
+    edges = EDGES
+    leaves = [
+        torch.rand(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
+        for shape in ((5,), (5, 2), ())
+    ]
+
+    def function(weight, s, mu):
+        P = gd.SparseTransition.from_edge_index(edges, weight, 5)
+        return gd.diffuse(P.T, s, mu, solver=gd.solvers.Push(), tol=1e-13, on_failure="ignore")
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+# --- input
+
+
+JUMPING = gd.SparseTransition.from_edge_index(EDGES, dangling="uniform")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.eye(3), 0, 1), TypeError, r"P: expected a Transition, got Tensor; .*from_edge_index"),
+        ((DIRECTED.T, 0, 1), ValueError, r"P: expected a walk, whose rows sum to 1, got Transposed"),
+        ((JUMPING, 0, 1), TypeError, r'P: expected a sparse walk.*dangling="self", or rank .* pagerank'),
+        ((gd.AttentionTransition(torch.zeros(3, 2)), 0, 1), TypeError, r"P: expected a sparse walk"),
+        ((DIRECTED, 5, 1), ValueError, r"source: expected node numbers from 0 to 4 for N = 5 nodes, got 5"),
+        ((DIRECTED, [0, -1], 1), ValueError, r"source: expected node numbers .* got -1"),
+        ((DIRECTED, 0.0, 1), TypeError, r"source: expected a node number or a list .* got float"),
+        ((DIRECTED, torch.ones(2), 1), ValueError, r"source: .* got torch.float32 of shape \[2\]"),
+        ((DIRECTED, torch.zeros(1, 1).long(), 1), ValueError, r"source: .* of shape \[1, 1\]"),
+        ((DIRECTED, [], 1), ValueError, r"source: .* of shape \[0\]"),
+        ((DIRECTED, True, 1), TypeError, r"source: .* got bool"),
+        ((DIRECTED, 0, 0), ValueError, r"k: expected an integer ≥ 1, got 0"),
+        ((DIRECTED, 0, 1, 1.0), ValueError, r"mu: expected 0 ≤ µ < 1"),
+        ((DIRECTED, 0, 1, torch.full((1, 2), 0.5)), ValueError, r"mu: .* a 0-d tensor, got \[1, 2\]"),
+        ((DIRECTED, 0, 1, "0.5"), TypeError, r"mu: expected a number or a tensor, got str"),
+    ],
+)  # fmt: skip
+def test_bad_input(arguments, error, message):
+    with pytest.raises(error, match=message):
+        gd.top_k(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tol": 0.0}, r"tol: expected a finite number > 0, got 0.0"),
+        ({"max_work": 0}, r"max_work: expected an integer ≥ 1, got 0"),
+        ({"on_failure": "shout"}, r'on_failure: expected "warn", "raise" or "ignore"'),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        gd.top_k(DIRECTED, 0, 1, **options)
+
+
+def test_push_refuses_walks_that_are_not_sparse():
+    for P in (gd.AttentionTransition(torch.zeros(3, 2)), JUMPING):
+        with pytest.raises(ValueError, match=r"solver: Push needs a sparse walk.* use CG\(\), BiCGSTAB\(\)"):
+            gd.diffuse(P, torch.ones(P.shape[-1]), 0.5, solver=gd.solvers.Push())
