@@ -7,6 +7,7 @@
 
 from graphdiff import nn, operators, solvers
 from graphdiff.diffusion import diffuse, solve
+from graphdiff.energy import energy, minimize_energy, solve_symmetric
 from graphdiff.estimate import Estimate, estimate
 from graphdiff.nn import CascadedWalk, Diffusion, FeatureEmbedding, WalkStep
 from graphdiff.operators import (
@@ -35,11 +36,14 @@ __all__ = [
     "Transition",
     "WalkStep",
     "diffuse",
+    "energy",
     "estimate",
     "grid_transition",
+    "minimize_energy",
     "nn",
     "operators",
     "pagerank",
     "solve",
+    "solve_symmetric",
     "solvers",
 ]

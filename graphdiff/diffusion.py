@@ -1,7 +1,8 @@
 """y = (1 − µ)(I − µP)⁻¹ s: `solve` with its evidence, `diffuse` for the value alone."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +63,48 @@ def solve(
         >>> bool(sol.converged), float(sol.error_bound) < 1e-10
         (True, True)
     """
+    return solve_scaled(
+        P,
+        s,
+        mu,
+        None,
+        solver=solver,
+        tol=tol,
+        initial=initial,
+        max_steps=max_steps,
+        on_failure=on_failure,
+    )
+
+
+class Scaling(NamedTuple):
+    """y = c ⊙ z, where z is the diffusion of s / c.
+
+    Attributes:
+        factor: c > 0, [..., N, 1] with the leading dimensions of P, in the best precision at hand.
+        rounding: Nowhere does the rounding of c, or of the µ given with it, change z by more than this times
+            max |s / c|; a number or [..., 1, 1].
+        closer: Bounds of |y − y*|, node by node, of its own, and the products they took, from s, µ, y and
+            `max_steps`: for where the bound of z does not keep the promise.
+    """
+
+    factor: Tensor
+    rounding: Tensor | float
+    closer: Callable[[Tensor, Tensor, Tensor, int | None], tuple[Tensor, Tensor]] | None
+
+
+def solve_scaled(
+    P: Transition,
+    s: Tensor,
+    mu: float | Tensor,
+    scaling: Scaling | None,
+    *,
+    solver: Solver | Auto | None,
+    tol: float | None,
+    initial: Tensor | None,
+    max_steps: int | None,
+    on_failure: OnFailure,
+) -> Solution:
+    """`solve`, whose promise and evidence are for y = c ⊙ z where there is a scaling; P then is a walk."""
     if not isinstance(P, Transition):
         raise TypeError(
             f"P: expected a Transition, got {type(P).__name__}; wrap a matrix with DenseTransition(P) or "
@@ -111,13 +154,33 @@ def solve(
     seed, mu = signal.to(wide).expand(shape), mu.to(wide)
     norm = norm_of(P)
     atol = tol * size(seed.detach(), norm)
+    start = (seed if initial is None else initial.to(wide).expand(shape)).detach()
+    target, extra, largest = atol, torch.zeros_like(atol), torch.ones_like(atol)
+    if scaling is not None:
+        # Of size 1, so that no narrower dtype overflows.
+        unit = size((seed / scaling.factor).detach(), norm)
+        factor = torch.where(unit > 0, unit, 1.0) * scaling.factor
+        seed, start = seed / factor, start / factor.detach()
+        extra, largest = scaling.rounding * size(seed.detach(), norm), factor.detach().amax(-2, keepdim=True)
+        target = torch.clamp(atol / largest - extra, min=0.25 * atol / largest)
     method, why = chosen(solver, operator, mu, shape[-1], tol)
     call = Call(operator, method, tol, max_steps, on_failure)
-    start = (seed if initial is None else initial.to(wide).expand(shape)).detach()
-    answer = implicit_solve(call, (1 - mu) * seed, mu, initial=start, atol=atol)
+    answer = implicit_solve(call, (1 - mu) * seed, mu, initial=start, atol=target)
 
-    value = answer.x.to(operator.dtype)
-    error_bound = answer.error_bound + size(value.detach().to(wide) - answer.x.detach(), norm)
+    y, lower, upper = answer.x, answer.lower, answer.upper
+    if scaling is not None:
+        y, lower, upper = factor * y, factor.detach() * (lower - extra), factor.detach() * (upper + extra)
+    value = y.to(operator.dtype)
+    cast, bound = size(value.detach().to(wide) - y.detach(), norm), largest * (answer.error_bound + extra)
+    missed, matvecs = bound + cast > atol, answer.matvecs
+    if scaling is not None and scaling.closer is not None and bool(missed.any()):
+        given = signal.detach().to(wide).expand(shape)
+        error, products = scaling.closer(given, mu.detach(), y.detach(), max_steps)
+        matvecs = matvecs + torch.where(missed.squeeze(-2), products, 0)
+        bound = torch.where(missed, torch.minimum(bound, size(error, norm)), bound)
+        lower = torch.where(missed, torch.maximum(lower, y.detach() - error), lower)
+        upper = torch.where(missed, torch.minimum(upper, y.detach() + error), upper)
+    error_bound = bound + cast
     converged = error_bound <= atol
     stopped_early = max_steps is not None and int(answer.steps.max()) >= max_steps
     if bool(converged.all()):
@@ -132,12 +195,12 @@ def solve(
 
     solution = Solution(
         value=as_given(value.to(s.dtype)),
-        lower=as_given(_outward(answer.lower, operator.dtype, -torch.inf)),
-        upper=as_given(_outward(answer.upper, operator.dtype, torch.inf)),
+        lower=as_given(_outward(lower, operator.dtype, -torch.inf)),
+        upper=as_given(_outward(upper, operator.dtype, torch.inf)),
         error_bound=as_given(error_bound.squeeze(-2)),
         converged=as_given(converged.squeeze(-2)),
         steps=as_given(answer.steps),
-        matvecs=as_given(answer.matvecs),
+        matvecs=as_given(matvecs),
         norm=norm,
         solver=str(method),
         reason=f"{why}; {stopped}",

@@ -37,7 +37,7 @@ FLOORS = {
         ],
         ["estimate", "implicit"],
         ["diffusion"],
-        ["ranking"],
+        ["energy", "ranking"],
         ["nn.embedding", "nn.seed", "nn.cascade", "nn.diffusion", "nn"],
         [""],
     ],

@@ -57,6 +57,7 @@ class AttentionTransition(Transition):
 
     reversible = True
     positive_semidefinite = True
+    entrywise = True
 
     def __post_init__(self) -> None:
         psi = checks.floating(self.psi, "psi")
@@ -113,6 +114,11 @@ class AttentionTransition(Transition):
         """Of the sum, and of the logits, whose absolute error is a relative one of P's entries."""
         logits = (self.psi.shape[-1] + 2) * torch.finfo(dtype).eps * self._largest_logit(dtype)
         return self.sum_rounding(dtype) + logits
+
+    def degree_rounding(self, dtype: torch.dtype) -> Tensor | float:
+        """Of the sum, its logarithm and the logits."""
+        largest = self._largest_logit(dtype) + math.log(self.shape[-1])
+        return self.sum_rounding(dtype) + (self.psi.shape[-1] + 3) * torch.finfo(dtype).eps * largest
 
     def transposed_rounding(self, dtype: torch.dtype) -> Tensor | float:
         """Besides, of the log-sum-exp of each row, which is one more term of as large logits."""

@@ -29,6 +29,8 @@ class Transition(ABC):
     """Whether, besides, the affinity D·P has no negative eigenvalue."""
     sparse: bool = False
     """Whether rows are short lists, given by `neighbours` and `to_scipy`."""
+    entrywise: bool = False
+    """Whether `rounding` holds entry by entry, |fl(P y) − P y| ≤ ε P|y|, underflow apart."""
     restarts: bool = False
     """Whether some nodes jump to the signal's own distribution, which `restarting_at` binds."""
     stochastic: Literal["rows", "columns"] = "rows"
@@ -93,6 +95,14 @@ class Transition(ABC):
     def transposed_rounding(self, dtype: torch.dtype) -> Tensor | float:
         """The same of Pᵀ v, in the 1-norm."""
         return self.rounding(dtype)
+
+    def degree_rounding(self, dtype: torch.dtype) -> Tensor | float:
+        """How far `log_degree` computed in `dtype` may be off, a number or [..., 1, 1].
+
+        Stored degrees are what they are; what is computed is, unless written, off as a sum is.
+        """
+        stored = any(field.name == "log_degree" for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        return 0.0 if stored else self.sum_rounding(dtype)
 
     @property
     def T(self) -> "Transition":
@@ -234,6 +244,10 @@ class TransposedTransition(Transition):
         """−log d of the original."""
         log_degree = self.original.log_degree
         return None if log_degree is None else -log_degree
+
+    def degree_rounding(self, dtype: torch.dtype) -> Tensor | float:
+        """As the original."""
+        return self.original.degree_rounding(dtype)
 
     @property
     def sparse(self) -> bool:  # type: ignore[override]  # the original's

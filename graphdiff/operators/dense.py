@@ -37,6 +37,8 @@ class DenseTransition(Transition):
     P: Tensor
     log_degree: Tensor | None = field(default=None, kw_only=True)
 
+    entrywise = True
+
     def __post_init__(self) -> None:
         P = checks.floating(self.P, "P")
         checks.square(P, "P")
@@ -85,7 +87,7 @@ class DenseTransition(Transition):
         scaled = W / largest
         degree = scaled.sum(-1, keepdim=True)
         symmetric = torch.equal(W, W.mT)
-        log_degree = (degree.detach().log() + largest.log()).squeeze(-1) if symmetric else None
+        log_degree = (degree.log() + largest.log()).squeeze(-1) if symmetric else None
         return cls(scaled / degree, log_degree=log_degree)
 
     @property

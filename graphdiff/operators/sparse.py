@@ -64,6 +64,8 @@ class SparseTransition(Transition):
     dangling: Tensor | None = field(default=None, kw_only=True)
     jump: Tensor | None = field(default=None, kw_only=True)
 
+    entrywise = True
+
     def __post_init__(self) -> None:
         indptr, indices = checks.integers(self.indptr, "indptr"), checks.integers(self.indices, "indices")
         values = checks.floating(self.values, "values")
@@ -663,10 +665,10 @@ def _walk(
     jumps = len(stuck) > 0 and not stays
     log_degree: Tensor | None = None
     if not jumps and (_symmetric(key, target * nodes + source, given) if reversible is None else reversible):
-        log_degree = degree.detach().log() + largest.log()
+        log_degree = degree.log() + largest.log()
         # A node on its own may have any degree; the largest of the others hides none of them.
         others = log_degree.isfinite()
-        alone = log_degree[others].max() if bool(others.any()) else log_degree.new_zeros(())
+        alone = log_degree.detach()[others].max() if bool(others.any()) else log_degree.new_zeros(())
         log_degree = torch.where(others, log_degree, alone).to(dtype)
     numbers = torch.int32 if max(nodes, len(key)) < 2**31 else torch.int64
     return SparseTransition(

@@ -149,7 +149,7 @@ def _lazy_ring() -> Kind:
         return stay * y + (1 - stay) * (y.roll(1, -2) + y.roll(-1, -2)) / 2
 
     def build(stay: Tensor) -> gd.Transition:
-        log_degree = -torch.log1p(-stay.detach()).squeeze(-1)
+        log_degree = -torch.log1p(-stay).squeeze(-1)
         shape = (*stay.shape[:-1], stay.shape[-2])
         return gd.FunctionTransition(product, shape, tensors=(stay,), log_degree=log_degree)
 
