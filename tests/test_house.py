@@ -19,6 +19,7 @@ FLOORS = {
         [
             "operators.base",
             "operators.dense",
+            "operators.neighbours",
             "operators.sparse",
             "operators.attention",
             "operators.grid",

@@ -257,18 +257,28 @@ def test_rounding_of_large_logits_is_in_the_bounds(dtype):
 
 
 def test_the_closer_bound_holds_whatever_it_is_made_of():
-    """With a v that is no use it bounds nothing."""
+    """With a v that is no use it bounds nothing, above all not where A v < 0 and all of the residual is."""
 
-    class Useless(gd.solvers.Direct):
+    class Dented(gd.solvers.Direct):
         def solve(self, state, rhs, initial, target, max_steps):
-            return super().solve(state, rhs, initial, target, max_steps)._replace(x=1e9 * rhs.flip(-2))
+            found = super().solve(state, rhs, initial, target, max_steps)
+            found.x[..., 39, :] *= 0.2  # of the largest degree: the bound of z hardly sees it
+            return found
 
     psi = randn(40, 8)
     psi = psi / psi.norm(dim=1, keepdim=True) * torch.linspace(1, 60, 40).double().sqrt()[:, None]
-    s = randn(40, 3, seed=4)
+    psi[38] = psi[39]
+    P, s, mu = gd.AttentionTransition(psi), randn(40, 1, seed=4), torch.full((1, 1), 0.97).double()
+    S = torch.from_numpy(in_longdouble(psi)[0].astype(float))
+    e = torch.linalg.inv(torch.eye(40).double() - mu * S)[:, 39:]
+    for solver in (gd.solvers.Direct(), Dented()):
+        bound, _ = _scaling(P, solver).closer(s, mu, oracle(S, s, 0.97) + e, None)
+        assert (e <= bound).all()
+        assert (bound < 100 * e.max()).all() == (type(solver) is gd.solvers.Direct)
     exact = to_the_last_digit(in_longdouble(psi)[0], s, 0.97)
-    for options in ({"solver": Useless()}, *({"solver": gd.solvers.Walk(), "max_steps": n} for n in (1, 20))):
-        sol = gd.solve_symmetric(gd.AttentionTransition(psi), s, 0.97, on_failure="ignore", **options)
+    for steps in (1, 20):
+        limited = {"solver": gd.solvers.Walk(), "max_steps": steps}
+        sol = gd.solve_symmetric(gd.AttentionTransition(psi), s, 0.97, on_failure="ignore", **limited)
         assert (np.abs(sol.value.numpy() - exact).max(0) <= sol.error_bound.numpy()).all()
         assert not sol.converged.any()
 
