@@ -35,7 +35,8 @@ def solve(
 
     Args:
         P: Any transition, [..., N, N].
-        s: Signal [..., N, K] or [N], same dtype and device as P. Leading dimensions broadcast with P's.
+        s: Signal [..., N, K] or [N], same dtype and device as P. Leading dimensions broadcast with P's. At
+            padded nodes, where P has a mask, it is taken as 0, and so is y.
         mu: µ in [0, 1): a number, a 0-d tensor, [..., 1, K] per channel or [..., N, 1] per node.
         solver: How; `solvers.Auto()` if None.
         tol: Relative tolerance; 1e-10 in float64, else 1e-5, if None.
@@ -117,6 +118,7 @@ def solve_scaled(
     signal = checks.signal(s, P.shape[-1])
     checks.same_dtype(signal, "s", P.dtype, "P")
     checks.same_device(signal, "s", P.device, "P")
+    signal = checks.real(signal, P.mask)
     checks.finite(signal, "s")
     for tensor in P.tensors():
         checks.finite(tensor, f"the tensors of {type(P).__name__}")
@@ -130,6 +132,7 @@ def solve_scaled(
         initial = checks.signal(initial, P.shape[-1], "initial")
         checks.same_dtype(initial, "initial", P.dtype, "P")
         checks.same_device(initial, "initial", P.device, "P")
+        initial = checks.real(initial, P.mask)
         checks.finite(initial, "initial")
         if checks.broadcast_batch([initial.shape, torch.Size(shape)], "initial and s") != torch.Size(shape):
             raise ValueError(
@@ -167,7 +170,7 @@ def solve_scaled(
     call = Call(operator, method, tol, max_steps, on_failure)
     answer = implicit_solve(call, (1 - mu) * seed, mu, initial=start, atol=target)
 
-    y, lower, upper = answer.x, answer.lower, answer.upper
+    y, lower, upper = (checks.real(x, P.mask) for x in (answer.x, answer.lower, answer.upper))
     if scaling is not None:
         y, lower, upper = factor * y, factor.detach() * (lower - extra), factor.detach() * (upper + extra)
     value = y.to(operator.dtype)

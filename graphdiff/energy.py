@@ -145,6 +145,8 @@ def minimize_energy(
     wide = checks.widest(walk.device)
     weight = _one_mu(mu, checks.signal(x, walk.shape[-1], "x"), walk, importance)
     M = torch.ones_like(weight) if importance is None else _importance(importance, walk).to(wide)
+    if walk.mask is not None:
+        M = torch.where(walk.mask.unsqueeze(-1), M, 1.0)
     if importance is not None and not bool((M > 0).all()):
         raise ValueError(
             f"importance: expected values > 0, got {int((M == 0).sum())} of {M.numel()} that are 0; nothing "
@@ -211,10 +213,10 @@ def energy(
     walk = _reversible(P)
     columns = {}
     for name, signal in (("y", y), ("x", x)):
-        columns[name] = checks.signal(signal, walk.shape[-1], name)
+        columns[name] = checks.real(checks.signal(signal, walk.shape[-1], name), walk.mask)
         checks.same_dtype(signal, name, walk.dtype, "P")
         checks.same_device(signal, name, walk.device, "P")
-        checks.finite(signal, name)
+        checks.finite(columns[name], name)
     wide = checks.widest(walk.device)
     checks.broadcast_batch([columns["y"].shape, columns["x"].shape], "y and x")
     channels = max(columns["y"].shape[-1], columns["x"].shape[-1])
@@ -319,8 +321,10 @@ def _closer(
         residual = ((1 - mu) * s - y + mu * near).abs()
         residual = residual + slip * far + 8 * eps * (s.abs() + y.abs()) + lost[..., : y.shape[-1]]
         g = v - mu * own - slip * own - 8 * eps * v.abs() - lost[..., 2 * y.shape[-1] :]
-        fits = ((v >= 0) & (g > 0)).all(-2, keepdim=True)
-        most = torch.where(fits, (residual / g).amax(-2, keepdim=True), torch.inf)
+        fits, quotient = (v >= 0) & (g > 0), residual / g
+        if P.mask is not None:  # v and y are 0 at padded nodes, exactly
+            fits, quotient = fits | ~P.mask.unsqueeze(-1), checks.real(quotient, P.mask)
+        most = torch.where(fits.all(-2, keepdim=True), quotient.amax(-2, keepdim=True), torch.inf)
         bound = v * most * (1 + 8 * eps) + 2 * eps * y.abs()
         return bound.nan_to_num(nan=torch.inf), 1 + found.matvecs.amax(-1, keepdim=True)
 
@@ -353,6 +357,7 @@ def _importance(importance: Tensor, walk: Transition) -> Tensor:
         )
     checks.same_dtype(M, "importance", walk.dtype, "P")
     checks.same_device(M, "importance", walk.device, "P")
+    M = checks.real(M, walk.mask)
     checks.finite(M, "importance")
     if bool((M < 0).any()):
         raise ValueError(

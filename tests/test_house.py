@@ -39,7 +39,7 @@ FLOORS = {
         ["estimate", "implicit"],
         ["diffusion"],
         ["energy", "ranking"],
-        ["nn.embedding", "nn.seed", "nn.cascade", "nn.diffusion", "nn"],
+        ["nn.embedding", "nn.seed", "nn.padding", "nn.cascade", "nn.diffusion", "nn"],
         [""],
     ],
     "segmentation": [

@@ -35,6 +35,11 @@ class Transition(ABC):
     """Whether some nodes jump to the signal's own distribution, which `restarting_at` binds."""
     stochastic: Literal["rows", "columns"] = "rows"
     """Which sums are 1."""
+    mask: Tensor | None = None
+    """Which nodes are real, [..., N] bool, where graphs are padded to one size; None if all are.
+
+    A padded node stays where it is, and no other node steps to it.
+    """
 
     @property
     @abstractmethod
@@ -196,6 +201,10 @@ class Transition(ABC):
                 object.__setattr__(other, field.name, value)
         return other
 
+    def _staying(self, product: Tensor, y: Tensor) -> Tensor:
+        """The product at real nodes, y itself at padded ones."""
+        return product if self.mask is None else torch.where(self.mask.unsqueeze(-1), product, y)
+
     def _row_index(self, index: Tensor | Sequence[int]) -> Tensor:
         index = torch.as_tensor(index, device=self.device)
         nodes = self.shape[-1]
@@ -248,6 +257,11 @@ class TransposedTransition(Transition):
     def degree_rounding(self, dtype: torch.dtype) -> Tensor | float:
         """As the original."""
         return self.original.degree_rounding(dtype)
+
+    @property
+    def mask(self) -> Tensor | None:  # type: ignore[override]  # the original's
+        """As the original."""
+        return self.original.mask
 
     @property
     def sparse(self) -> bool:  # type: ignore[override]  # the original's
