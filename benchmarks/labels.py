@@ -5,9 +5,8 @@ its test nodes. musae_facebook has none: 20 nodes a class are drawn for each rec
 accuracy is that on all the other nodes. Every method gets the same undirected edges of weight 1, no features,
 and predicts the class with the largest score; nodes in a component without any label get class 0.
 
-With S = D^-1/2 A D^-1/2 both peers approach (1 − α)(I − αS)⁻¹s, the exact diffusion of D^-1/2 s up to a
-factor per node; the last column counts the nodes whose label is not that of this limit, of several draws in
-the worst.
+With S = D^-1/2 A D^-1/2 both peers approach (1 − α)(I − αS)⁻¹s, which solve_symmetric computes; the
+last column counts the nodes whose label is not that of this limit, of several draws in the worst.
 
     python benchmarks/labels.py --data FOLDER
 
@@ -89,8 +88,7 @@ def ranked(graph, train, mu):
 
 
 def symmetric(graph, train, mu):
-    root = graph.degree.sqrt()
-    return root * gd.diffuse(graph.P, graph.seeds(train) / root, mu, on_failure="raise")
+    return gd.solve_symmetric(graph.P, graph.seeds(train), mu, on_failure="raise").value
 
 
 def label_spreading(graph, train, alpha, **options):

@@ -7,6 +7,7 @@
 
 from graphdiff import nn, operators, solvers
 from graphdiff.diffusion import diffuse, solve, solve_path
+from graphdiff.energy import energy, minimize_energy, solve_symmetric
 from graphdiff.estimate import Estimate, estimate
 from graphdiff.filters import heat_kernel, polynomial
 from graphdiff.nn import CascadedWalk, Diffusion, FeatureEmbedding, WalkStep
@@ -39,15 +40,18 @@ __all__ = [
     "Transition",
     "WalkStep",
     "diffuse",
+    "energy",
     "estimate",
     "grid_transition",
     "heat_kernel",
+    "minimize_energy",
     "nn",
     "operators",
     "pagerank",
     "polynomial",
     "solve",
     "solve_path",
+    "solve_symmetric",
     "solvers",
     "top_k",
 ]

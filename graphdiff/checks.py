@@ -69,6 +69,31 @@ def nonnegative(x: Tensor, name: str) -> None:
         )
 
 
+def node_mask(mask: object, shape: Sequence[int], device: torch.device) -> Tensor:
+    """`mask`, if it says of every node of such a shape [..., N] whether it is real."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        given = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask: expected a torch.bool tensor, True at real nodes, got {given}")
+    same_device(mask, "mask", device, "the nodes")
+    if tuple(mask.shape) != tuple(shape):
+        raise ValueError(
+            f"mask: expected shape {list(shape)}, one value per node, got {shape_text(mask)}; expand it "
+            "where graphs share one"
+        )
+    return mask
+
+
+def real(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x [..., N, K] with 0 at padded nodes, whatever stands there."""
+    return x if mask is None else torch.where(mask.unsqueeze(-1), x, 0.0)
+
+
+def padded_with_largest(log_degree: Tensor, mask: Tensor) -> Tensor:
+    """Log-degrees [..., N]; a padded node may have any, and the largest of the others hides none of them."""
+    largest = log_degree.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
+    return torch.where(mask, log_degree, largest.nan_to_num(neginf=0.0))
+
+
 def square(x: Tensor, name: str) -> None:
     """`x` is [..., N, N] with N ≥ 1."""
     if x.ndim < 2 or x.shape[-1] != x.shape[-2] or x.shape[-1] == 0:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ def solve(
 
     Args:
         P: Any transition, [..., N, N].
-        s: Signal [..., N, K] or [N], same dtype and device as P. Leading dimensions broadcast with P's.
+        s: Signal [..., N, K] or [N], same dtype and device as P. Leading dimensions broadcast with P's. At
+            padded nodes, where P has a mask, it is taken as 0, and so is y.
         mu: µ in [0, 1): a number, a 0-d tensor, [..., 1, K] per channel or [..., N, 1] per node.
         solver: How; `solvers.Auto()` if None.
         tol: Relative tolerance; 1e-10 in float64, else 1e-5, if None.
@@ -69,6 +70,52 @@ def solve(
         >>> bool(sol.converged), float(sol.error_bound) < 1e-10
         (True, True)
     """
+    return solve_scaled(
+        P,
+        s,
+        mu,
+        None,
+        solver=solver,
+        tol=tol,
+        initial=initial,
+        max_steps=max_steps,
+        max_seconds=max_seconds,
+        progress=progress,
+        on_failure=on_failure,
+    )
+
+
+class Scaling(NamedTuple):
+    """y = c ⊙ z, where z is the diffusion of s / c.
+
+    Attributes:
+        factor: c > 0, [..., N, 1] with the leading dimensions of P, in the best precision at hand.
+        rounding: Nowhere does the rounding of c, or of the µ given with it, change z by more than this times
+            max |s / c|; a number or [..., 1, 1].
+        closer: Bounds of |y − y*|, node by node, of its own, and the products they took, from s, µ, y and
+            `max_steps`: for where the bound of z does not keep the promise.
+    """
+
+    factor: Tensor
+    rounding: Tensor | float
+    closer: Callable[[Tensor, Tensor, Tensor, int | None], tuple[Tensor, Tensor]] | None
+
+
+def solve_scaled(
+    P: Transition,
+    s: Tensor,
+    mu: float | Tensor,
+    scaling: Scaling | None,
+    *,
+    solver: Solver | Auto | None,
+    tol: float | None,
+    initial: Tensor | None,
+    max_steps: int | None,
+    max_seconds: float | None,
+    progress: Callable[[Progress], object] | None,
+    on_failure: OnFailure,
+) -> Solution:
+    """`solve`, whose promise and evidence are for y = c ⊙ z where there is a scaling; P then is a walk."""
     check_transition(P)
     if on_failure not in ("warn", "raise", "ignore"):
         raise ValueError(f'on_failure: expected "warn", "raise" or "ignore", got {on_failure!r}')
@@ -77,6 +124,7 @@ def solve(
     signal = checks.signal(s, P.shape[-1])
     checks.same_dtype(signal, "s", P.dtype, "P")
     checks.same_device(signal, "s", P.device, "P")
+    signal = checks.real(signal, P.mask)
     checks.finite(signal, "s")
     for tensor in P.tensors():
         checks.finite(tensor, f"the tensors of {type(P).__name__}")
@@ -95,6 +143,7 @@ def solve(
         initial = checks.signal(initial, P.shape[-1], "initial")
         checks.same_dtype(initial, "initial", P.dtype, "P")
         checks.same_device(initial, "initial", P.device, "P")
+        initial = checks.real(initial, P.mask)
         checks.finite(initial, "initial")
         if checks.broadcast_batch([initial.shape, torch.Size(shape)], "initial and s") != torch.Size(shape):
             raise ValueError(
@@ -121,13 +170,33 @@ def solve(
     seed, mu = signal.to(wide).expand(shape), mu.to(wide)
     norm = norm_of(P)
     atol = tol * size(seed.detach(), norm)
+    start = (seed if initial is None else initial.to(wide).expand(shape)).detach()
+    target, extra, largest = atol, torch.zeros_like(atol), torch.ones_like(atol)
+    if scaling is not None:
+        # Of size 1, so that no narrower dtype overflows.
+        unit = size((seed / scaling.factor).detach(), norm)
+        factor = torch.where(unit > 0, unit, 1.0) * scaling.factor
+        seed, start = seed / factor, start / factor.detach()
+        extra, largest = scaling.rounding * size(seed.detach(), norm), factor.detach().amax(-2, keepdim=True)
+        target = torch.clamp(atol / largest - extra, min=0.25 * atol / largest)
     method, why = chosen(solver, operator, mu, shape[-1], tol)
     call = Call(operator, method, tol, budget, on_failure)
-    start = (seed if initial is None else initial.to(wide).expand(shape)).detach()
-    answer = implicit_solve(call, (1 - mu) * seed, mu, initial=start, atol=atol)
+    answer = implicit_solve(call, (1 - mu) * seed, mu, initial=start, atol=target)
 
-    value = answer.x.to(operator.dtype)
-    error_bound = answer.error_bound + size(value.detach().to(wide) - answer.x.detach(), norm)
+    y, lower, upper = (checks.real(x, P.mask) for x in (answer.x, answer.lower, answer.upper))
+    if scaling is not None:
+        y, lower, upper = factor * y, factor.detach() * (lower - extra), factor.detach() * (upper + extra)
+    value = y.to(operator.dtype)
+    cast, bound = size(value.detach().to(wide) - y.detach(), norm), largest * (answer.error_bound + extra)
+    missed, matvecs = bound + cast > atol, answer.matvecs
+    if scaling is not None and scaling.closer is not None and bool(missed.any()) and not budget.timed_out:
+        given = signal.detach().to(wide).expand(shape)
+        error, products = scaling.closer(given, mu.detach(), y.detach(), max_steps)
+        matvecs = matvecs + torch.where(missed.squeeze(-2), products, 0)
+        bound = torch.where(missed, torch.minimum(bound, size(error, norm)), bound)
+        lower = torch.where(missed, torch.maximum(lower, y.detach() - error), lower)
+        upper = torch.where(missed, torch.minimum(upper, y.detach() + error), upper)
+    error_bound = bound + cast
     converged = error_bound <= atol
     limit = None if bool(converged.all()) else spent(budget, answer.steps)
     if bool(converged.all()):
@@ -142,12 +211,12 @@ def solve(
 
     solution = Solution(
         value=as_given(value.to(s.dtype)),
-        lower=as_given(outward(answer.lower, operator.dtype, -torch.inf)),
-        upper=as_given(outward(answer.upper, operator.dtype, torch.inf)),
+        lower=as_given(outward(lower, operator.dtype, -torch.inf)),
+        upper=as_given(outward(upper, operator.dtype, torch.inf)),
         error_bound=as_given(error_bound.squeeze(-2)),
         converged=as_given(converged.squeeze(-2)),
         steps=as_given(answer.steps),
-        matvecs=as_given(answer.matvecs),
+        matvecs=as_given(matvecs),
         norm=norm,
         solver=str(method),
         reason=f"{why}; {stopped}",

@@ -121,18 +121,27 @@ def _krylov_rate(condition: Tensor) -> Tensor:
 def _start(P: Transition) -> Tensor:
     """The same noise for every graph and run, [..., N, 1]."""
     noise = torch.randn(P.shape[-1], 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return noise.to(P.device, P.dtype).expand(*P.shape[:-2], *noise.shape)
+    return checks.real(noise.to(P.device, P.dtype).expand(*P.shape[:-2], *noise.shape), P.mask)
+
+
+def _without_mean(P: Transition, w: Tensor) -> Tensor:
+    """Less the mean over real nodes; 0 at padded ones, which as components of their own would have λ = 1."""
+    if P.mask is None:
+        return w - w.mean(-2, keepdim=True)
+    count = P.mask.sum(-1)[..., None, None].clamp(min=1)
+    return checks.real(w - w.sum(-2, keepdim=True) / count, P.mask)
 
 
 def _lanczos(P: Transition, log_degree: Tensor, mu: float) -> tuple[Tensor, Tensor, Tensor, int]:
     """Largest and smallest Ritz value of P on the complement of the constants, the residual of the first."""
     log_weight = (log_degree - log_degree.amax(-1, keepdim=True)).unsqueeze(-1)
     weight = log_weight.to(torch.float32 if P.device.type == "mps" else torch.float64).exp()
+    weight = checks.real(weight, P.mask)
     ones = torch.ones_like(weight)
 
     def normalised(v: Tensor) -> tuple[Tensor, Tensor]:
         # Rounding brings the constants back at every step.
-        v = v - (inner(weight, v, ones) / inner(weight, ones, ones)).to(v.dtype)
+        v = checks.real(v - (inner(weight, v, ones) / inner(weight, ones, ones)).to(v.dtype), P.mask)
         length = inner(weight, v, v).sqrt()
         return torch.where(length > 0, v / length, 0.0).to(v.dtype), length
 
@@ -174,7 +183,7 @@ def _arnoldi(P: Transition) -> tuple[Tensor, Tensor, Tensor, int]:
     basis: list[Tensor] = []
     H = torch.zeros(*P.shape[:-2], steps + 1, steps, dtype=P.dtype, device=P.device)
     for k in range(steps + 1):
-        w = w - w.mean(-2, keepdim=True)
+        w = _without_mean(P, w)
         length = inner(one, w, w).sqrt()
         alive = length > (1e-10 if k else 0)
         if k:
@@ -183,7 +192,7 @@ def _arnoldi(P: Transition) -> tuple[Tensor, Tensor, Tensor, int]:
             break
         basis.append(torch.where(alive, w / length, 0.0).to(P.dtype))
         w = P.matmul(basis[-1])
-        w = w - w.mean(-2, keepdim=True)
+        w = _without_mean(P, w)
         for _ in range(2):  # once more, for orthogonality to working precision
             for i, q in enumerate(basis):
                 share = inner(one, w, q)

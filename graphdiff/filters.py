@@ -254,6 +254,7 @@ def _problem(P: Transition, s: Tensor, tol: float | None, on_failure: OnFailure)
     signal = checks.signal(s, P.shape[-1])
     checks.same_dtype(signal, "s", P.dtype, "P")
     checks.same_device(signal, "s", P.device, "P")
+    signal = checks.real(signal, P.mask)
     checks.finite(signal, "s")
     for tensor in P.tensors():
         checks.finite(tensor, f"the tensors of {type(P).__name__}")

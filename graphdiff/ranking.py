@@ -1,6 +1,7 @@
 """PageRank: the distribution of a walk that restarts."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ def pagerank(
         P: The walk, [..., N, N], not its transpose: ``P[i, j]`` is the probability of the step i → j. With
             ``dangling="restart"`` it goes from nodes without an edge out to where it restarts.
         personalization: Where it restarts: weights ≥ 0, [N] or [..., N, K] for K rankings at once, dtype and
-            device of P. Every channel is divided by its sum. Uniform if None.
+            device of P. Every channel is divided by its sum. Uniform if None. Padded nodes, where P has a
+            mask, count for nothing.
         mu: Probability to go on, in [0, 1): a number, a 0-d tensor, or [..., 1, K] per ranking.
         solver: How; `solvers.Auto()` if None.
         tol: Largest error in the 1-norm; 1e-10 in float64, else 1e-5, if None.
@@ -84,12 +86,13 @@ def pagerank(
             f"{checks.shape_text(mu)}; with one µ per node the mass is not conserved, see solve(P.T, s, mu)"
         )
     if personalization is None:
-        restart = torch.full((nodes,), 1 / nodes, dtype=P.dtype, device=P.device)
-    else:
-        restart = _distribution(personalization, P)
-    return solve(
+        personalization = torch.ones(nodes, dtype=P.dtype, device=P.device)
+    restart = _distribution(personalization, P)
+    # One ranking for each graph of a padded batch: what it sums to, is the graph's own.
+    apart = personalization.ndim == 1 and restart.ndim > 2
+    solution = solve(
         P.T,
-        restart,
+        restart.squeeze(-1) if personalization.ndim == 1 and not apart else restart,
         mu,
         solver=solver,
         tol=tol,
@@ -99,11 +102,15 @@ def pagerank(
         progress=progress,
         on_failure=on_failure,
     )
+    if not apart:
+        return solution
+    tensors = ("value", "lower", "upper", "error_bound", "converged", "steps", "matvecs")
+    return replace(solution, **{name: getattr(solution, name).squeeze(-1) for name in tensors})
 
 
 def _distribution(weights: Tensor, P: Transition) -> Tensor:
-    """Weights divided by their sum, channel by channel."""
-    columns = checks.signal(weights, P.shape[-1], "personalization")
+    """Weights divided by their sum over real nodes, channel by channel, [..., N, K]."""
+    columns = checks.real(checks.signal(weights, P.shape[-1], "personalization"), P.mask)
     checks.same_dtype(columns, "personalization", P.dtype, "P")
     checks.same_device(columns, "personalization", P.device, "P")
     checks.finite(columns, "personalization")
@@ -121,5 +128,4 @@ def _distribution(weights: Tensor, P: Transition) -> Tensor:
             "personalization out for uniform restarts"
         )
     scaled = columns / largest
-    distribution = scaled / scaled.sum(-2, keepdim=True)
-    return distribution.squeeze(-1) if weights.ndim == 1 else distribution
+    return scaled / scaled.sum(-2, keepdim=True)

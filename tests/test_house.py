@@ -19,6 +19,7 @@ FLOORS = {
         [
             "operators.base",
             "operators.dense",
+            "operators.neighbours",
             "operators.sparse",
             "operators.attention",
             "operators.grid",
@@ -39,8 +40,8 @@ FLOORS = {
         ],
         ["estimate", "implicit"],
         ["diffusion"],
-        ["ranking", "topk", "filters"],
-        ["nn.embedding", "nn.seed", "nn.cascade", "nn.diffusion", "nn"],
+        ["energy", "ranking", "topk", "filters"],
+        ["nn.embedding", "nn.seed", "nn.padding", "nn.cascade", "nn.diffusion", "nn"],
         [""],
     ],
     "segmentation": [

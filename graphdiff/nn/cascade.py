@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from graphdiff import checks
 from graphdiff.nn.embedding import FeatureEmbedding, embed_all
+from graphdiff.nn.padding import check_no_mask, real_seed, unbatched
 from graphdiff.nn.seed import fitting, grid_of, like, signal_of
 from graphdiff.operators.base import Transition
 
@@ -239,18 +240,23 @@ class CascadedWalk(nn.Module):
         return self.steps.parameters()
 
     def transitions(
-        self, features: Sequence[Tensor], grid: tuple[int, int] | None = None
+        self,
+        features: Sequence[Tensor],
+        grid: tuple[int, int] | None = None,
+        *,
+        mask: Tensor | None = None,
     ) -> list[Transition]:
         """The operators P_t of some features; ask them for `rows`.
 
         Args:
             features: T maps [B, C_t, H_t, W_t], or T node features [B, N, C_t].
             grid: (h, w) of the seed, for maps; the size of the smallest map if None.
+            mask: Which nodes of node features are real, bool [B, N]; all if None.
         """
         if not self.embeddings:
             raise ValueError("features: this cascade was made with steps=, so give it ready transitions")
         self._check_count(features)
-        return list(embed_all(self.embeddings, features, grid))
+        return list(embed_all(self.embeddings, features, grid, mask))
 
     @overload
     def forward(
@@ -259,11 +265,19 @@ class CascadedWalk(nn.Module):
         features: Sequence[Tensor] | Sequence[Transition],
         *,
         return_walks: Literal[False] = False,
+        mask: Tensor | None = None,
+        batch: Tensor | None = None,
     ) -> Tensor: ...
 
     @overload
     def forward(
-        self, seed: Tensor, features: Sequence[Tensor] | Sequence[Transition], *, return_walks: Literal[True]
+        self,
+        seed: Tensor,
+        features: Sequence[Tensor] | Sequence[Transition],
+        *,
+        return_walks: Literal[True],
+        mask: Tensor | None = None,
+        batch: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]: ...
 
     def forward(
@@ -272,6 +286,8 @@ class CascadedWalk(nn.Module):
         features: Sequence[Tensor] | Sequence[Transition],
         *,
         return_walks: bool = False,
+        mask: Tensor | None = None,
+        batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Diffuses the seed.
 
@@ -281,6 +297,12 @@ class CascadedWalk(nn.Module):
                 a seed of node values; or T ready transitions with either.
             return_walks: Return the output of every walk too.
 
+            mask: Which nodes are real where graphs of different sizes are padded, bool [B, N], with node
+                features and values; all if None. What stands at the others does not count, not in batch
+                norm either; y is 0 there. Ready walks bring their own mask.
+            batch: A PyG batch vector [total], for node features [total, C_t] and values [total, K] of graphs
+                one after another; as a mask it is for eager mode.
+
         Returns:
             y in shape and dtype of `seed`; with `return_walks` also the list of y¹ … yᵀ, whose last is y.
             Half precision is carried in float32 in between.
@@ -289,9 +311,15 @@ class CascadedWalk(nn.Module):
             TypeError: `seed` and the features differ in dtype, or are not floating.
             ValueError: Numbers, shapes or devices do not fit.
         """
+        if batch is not None:
+            padded, nodes, padding = unbatched(seed, features, batch, mask)
+            _, walks = self(padded, nodes, return_walks=True, mask=padding.mask)
+            walks = [padding.unpad(y) for y in walks]
+            return (walks[-1], walks) if return_walks else walks[-1]
         s = signal_of(seed)
         self._check_count(features)
-        operators = self._operators(seed, features)
+        operators = self._operators(seed, features, mask)
+        s = real_seed(s, operators)
         y, walks = s, []
         for step, P in zip(self._walk_steps(), operators, strict=True):
             y = step(fitting(P, s), y, s)
@@ -300,11 +328,12 @@ class CascadedWalk(nn.Module):
         return (shaped[-1], shaped) if return_walks else shaped[-1]
 
     def _operators(
-        self, seed: Tensor, features: Sequence[Tensor] | Sequence[Transition]
+        self, seed: Tensor, features: Sequence[Tensor] | Sequence[Transition], mask: Tensor | None
     ) -> Sequence[Transition]:
         if isinstance(features[0], Transition):
+            check_no_mask(mask)
             return features  # type: ignore[return-value]  # all are what the first is
-        return self.transitions(features, grid_of(seed, features))  # type: ignore[arg-type]
+        return self.transitions(features, grid_of(seed, features), mask=mask)  # type: ignore[arg-type]
 
     def _check_count(self, features: Sequence[object]) -> None:
         if len(features) != len(self.steps):

@@ -10,6 +10,7 @@ from graphdiff import checks, solvers
 from graphdiff.diffusion import diffuse
 from graphdiff.implicit import Call, gradients
 from graphdiff.nn.embedding import FeatureEmbedding, embed_all
+from graphdiff.nn.padding import check_no_mask, real_seed, unbatched
 from graphdiff.nn.seed import fitting, grid_of, like, signal_of
 from graphdiff.operators.attention import AttentionTransition
 from graphdiff.operators.base import Transition
@@ -87,13 +88,18 @@ class Diffusion(nn.Module):
         return (torch.sigmoid(self.mu_logit) if self.learn_mu else self.get_buffer("mu_fixed")).unsqueeze(0)
 
     def transitions(
-        self, features: Sequence[Tensor], grid: tuple[int, int] | None = None
+        self,
+        features: Sequence[Tensor],
+        grid: tuple[int, int] | None = None,
+        *,
+        mask: Tensor | None = None,
     ) -> list[Transition]:
         """The one operator of some features, in a list; ask it for `rows`.
 
         Args:
             features: T maps [B, C_t, H_t, W_t], or T node features [B, N, C_t].
             grid: (h, w) of the seed, for maps; the size of the smallest map if None.
+            mask: Which nodes of node features are real, bool [B, N]; all if None.
         """
         if not self.embeddings:
             raise ValueError(
@@ -101,8 +107,8 @@ class Diffusion(nn.Module):
             )
         if len(features) != len(self.embeddings):
             raise ValueError(f"features: expected {len(self.embeddings)}, got {len(features)}")
-        walks = embed_all(self.embeddings, features, grid)
-        return [AttentionTransition(torch.cat([P.psi for P in walks], -1), scale=walks[0].scale)]
+        walks = embed_all(self.embeddings, features, grid, mask)
+        return [AttentionTransition(torch.cat([P.psi for P in walks], -1), scale=walks[0].scale, mask=mask)]
 
     @overload
     def forward(
@@ -111,11 +117,19 @@ class Diffusion(nn.Module):
         features: Sequence[Tensor] | Sequence[Transition],
         *,
         return_walks: Literal[False] = False,
+        mask: Tensor | None = None,
+        batch: Tensor | None = None,
     ) -> Tensor: ...
 
     @overload
     def forward(
-        self, seed: Tensor, features: Sequence[Tensor] | Sequence[Transition], *, return_walks: Literal[True]
+        self,
+        seed: Tensor,
+        features: Sequence[Tensor] | Sequence[Transition],
+        *,
+        return_walks: Literal[True],
+        mask: Tensor | None = None,
+        batch: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]: ...
 
     def forward(
@@ -124,6 +138,8 @@ class Diffusion(nn.Module):
         features: Sequence[Tensor] | Sequence[Transition],
         *,
         return_walks: bool = False,
+        mask: Tensor | None = None,
+        batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Diffuses the seed.
 
@@ -132,6 +148,12 @@ class Diffusion(nn.Module):
             features: T maps [B, C_t, H_t, W_t] with a seed that is a map; T node features [B, N, C_t] with
                 a seed of node values; or one ready transition, in a list, with either.
             return_walks: Return the list of the one output too, as a cascade returns those of its walks.
+
+            mask: Which nodes are real where graphs of different sizes are padded, bool [B, N], with node
+                features and values; all if None. What stands at the others does not count, not in batch
+                norm either; y is 0 there. Ready walks bring their own mask.
+            batch: A PyG batch vector [total], for node features [total, C_t] and values [total, K] of graphs
+                one after another; as a mask it is for eager mode.
 
         Returns:
             y in shape and dtype of `seed`, and with `return_walks` [y]. Half precision is solved in float32.
@@ -143,16 +165,23 @@ class Diffusion(nn.Module):
         Warns:
             ConvergenceWarning: The tolerance was not reached, here or in the backward.
         """
+        if batch is not None:
+            padded, nodes, padding = unbatched(seed, features, batch, mask)
+            y = padding.unpad(self(padded, nodes, mask=padding.mask))
+            return (y, [y]) if return_walks else y
         s = signal_of(seed)
         if isinstance(features[0], Transition):
+            check_no_mask(mask)
             if len(features) != 1:
                 raise ValueError(f"features: expected one ready transition, got {len(features)}")
             operator = features[0]
         else:
-            (operator,) = self.transitions(features, grid_of(seed, features))  # type: ignore[arg-type]
+            grid = grid_of(seed, features)  # type: ignore[arg-type]
+            (operator,) = self.transitions(features, grid, mask=mask)  # type: ignore[arg-type]
+        s = real_seed(s, [operator])
         P, mu = fitting(operator, s), self.mu[0].to(s.dtype)
         if torch.compiler.is_compiling() and isinstance(P, AttentionTransition):
-            y = _diffuse_attention(P.psi, P.scale, s, mu, self.tol, _known(self._solver_name))
+            y = _diffuse_attention(P.psi, P.scale, P.mask, s, mu, self.tol, _known(self._solver_name))
         else:
             y = diffuse(P, s, mu, tol=self.tol, solver=self.solver)
         shaped = like(seed, y)
@@ -182,23 +211,37 @@ def _known(solver: str) -> str:
 
 
 @torch.library.custom_op("graphdiff::diffuse_attention", mutates_args=())
-def _diffuse_attention(psi: Tensor, scale: float, s: Tensor, mu: Tensor, tol: float, solver: str) -> Tensor:
+def _diffuse_attention(
+    psi: Tensor, scale: float, mask: Tensor | None, s: Tensor, mu: Tensor, tol: float, solver: str
+) -> Tensor:
+    P = AttentionTransition(psi, scale=scale, mask=mask)
     # A compiler counts on the strides that the fake below promises.
-    return diffuse(AttentionTransition(psi, scale=scale), s, mu, tol=tol, solver=_KNOWN[solver]).contiguous()
+    return diffuse(P, s, mu, tol=tol, solver=_KNOWN[solver]).contiguous()
 
 
 @_diffuse_attention.register_fake
-def _(psi: Tensor, scale: float, s: Tensor, mu: Tensor, tol: float, solver: str) -> Tensor:
+def _(
+    psi: Tensor, scale: float, mask: Tensor | None, s: Tensor, mu: Tensor, tol: float, solver: str
+) -> Tensor:
     batch = torch.broadcast_shapes(psi.shape[:-2], s.shape[:-2])  # type: ignore[no-untyped-call]
     return s.new_empty(*batch, *s.shape[-2:])
 
 
 @torch.library.custom_op("graphdiff::diffuse_attention_backward", mutates_args=())
 def _diffuse_attention_backward(
-    psi: Tensor, scale: float, s: Tensor, mu: Tensor, tol: float, solver: str, y: Tensor, g: Tensor
+    psi: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    s: Tensor,
+    mu: Tensor,
+    tol: float,
+    solver: str,
+    y: Tensor,
+    g: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.float32 if g.device.type == "mps" else torch.float64
-    P, g, m = AttentionTransition(psi, scale=scale), g.to(wide), mu.to(wide).reshape(1, 1)
+    P, m = AttentionTransition(psi, scale=scale, mask=mask), mu.to(wide).reshape(1, 1)
+    g = checks.real(g.to(wide), mask)
     method, _ = chosen(_KNOWN[solver], P, m, g.shape[-1], tol)
     call = Call(P, method, tol, Budget(), "warn", method.prepare(P, m.to(P.dtype)))
     # y* solves for b = (1 − µ)s, which hands its gradient on to s and to µ.
@@ -215,20 +258,28 @@ def _diffuse_attention_backward(
 
 @_diffuse_attention_backward.register_fake
 def _(
-    psi: Tensor, scale: float, s: Tensor, mu: Tensor, tol: float, solver: str, y: Tensor, g: Tensor
+    psi: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    s: Tensor,
+    mu: Tensor,
+    tol: float,
+    solver: str,
+    y: Tensor,
+    g: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return psi.new_empty(psi.shape), s.new_empty(s.shape), mu.new_empty(mu.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    psi, ctx.scale, s, mu, ctx.tol, ctx.solver = inputs
-    ctx.save_for_backward(psi, s, mu, output)
+    psi, ctx.scale, mask, s, mu, ctx.tol, ctx.solver = inputs
+    ctx.save_for_backward(psi, mask, s, mu, output)
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    psi, s, mu, y = ctx.saved_tensors
-    g_psi, g_s, g_mu = _diffuse_attention_backward(psi, ctx.scale, s, mu, ctx.tol, ctx.solver, y, g)
-    return g_psi, None, g_s, g_mu, None, None
+    psi, mask, s, mu, y = ctx.saved_tensors
+    g_psi, g_s, g_mu = _diffuse_attention_backward(psi, ctx.scale, mask, s, mu, ctx.tol, ctx.solver, y, g)
+    return g_psi, None, None, g_s, g_mu, None, None
 
 
 _diffuse_attention.register_autograd(_backward, setup_context=_save)

@@ -44,20 +44,37 @@ class FeatureEmbedding(nn.Module):
         self.norm = nn.BatchNorm2d(embedding_channels)
         nn.init.constant_(self.norm.weight, checks.positive_number(init_gain, "init_gain"))
 
-    def forward(self, features: Tensor, grid: tuple[int, int] | None = None) -> AttentionTransition:
+    def forward(
+        self, features: Tensor, grid: tuple[int, int] | None = None, *, mask: Tensor | None = None
+    ) -> AttentionTransition:
         """The walk of the features.
 
         Args:
             features: Maps [B, C, H, W], or node features [B, N, C].
             grid: (h, w) of the seed, for maps; their own size if None.
+            mask: Which nodes of node features are real, bool [B, N]; all if None. What stands at the others
+                reaches neither the statistics of the batch norm nor the walk. For eager mode.
 
         Returns:
             A transition on h·w nodes in row-major order, or on N; ψ is in float32 at least.
 
         Raises:
-            ValueError: `features` has another number of dimensions or channels.
+            TypeError: `mask` is not of bool.
+            ValueError: `features` has another number of dimensions or channels, or `mask` another shape.
         """
         channels = self.conv.in_channels
+        if mask is not None:
+            if features.ndim != 3 or features.shape[2] != channels:
+                raise ValueError(
+                    f"features: expected node features [B, N, {channels}] with a mask, got "
+                    f"{checks.shape_text(features)}"
+                )
+            checks.node_mask(mask, features.shape[:-1], features.device)
+            # One row a real node: a map of as many samples, one pixel each.
+            rows = self.norm(self.conv(features[mask][..., None, None])).flatten(1)
+            rows = rows.float() if rows.dtype.itemsize < 4 else rows
+            psi = rows.new_zeros(*mask.shape, rows.shape[-1])
+            return AttentionTransition(psi.index_put((mask,), rows), scale=self.scale, mask=mask)
         if features.ndim == 3 and features.shape[2] == channels:
             # Nodes as a map N high and 1 wide: a 1×1 convolution is the linear layer.
             psi = self.norm(self.conv(features.mT.unsqueeze(-1)))
@@ -74,13 +91,16 @@ class FeatureEmbedding(nn.Module):
 
 
 def embed_all(
-    embeddings: nn.ModuleList, features: Sequence[Tensor], grid: tuple[int, int] | None
+    embeddings: nn.ModuleList,
+    features: Sequence[Tensor],
+    grid: tuple[int, int] | None,
+    mask: Tensor | None,
 ) -> list[AttentionTransition]:
     """The walk of each feature on one grid: for maps that of the smallest, if None."""
     if grid is None and features[0].ndim == 4:
         smallest = min(features, key=lambda f: f.shape[-1] * f.shape[-2])
         grid = (smallest.shape[-2], smallest.shape[-1])
-    return [embed(f, grid) for embed, f in zip(embeddings, features, strict=True)]
+    return [embed(f, grid, mask=mask) for embed, f in zip(embeddings, features, strict=True)]
 
 
 def _resized(maps: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -25,6 +25,8 @@ from graphdiff.operators.base import Transition
 
 # What one block of rows may hold. Larger blocks are not faster on a CPU and idle no GPU.
 BLOCK_ELEMENTS = 2**22
+# A logit whose exponential is 0 beside any other, and finite, for gradients multiply it by 0.
+NEVER = -1e30
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,10 +40,14 @@ class AttentionTransition(Transition):
         psi: Features ψ, shape [..., N, d]. Half precision is multiplied in float32: near 64, where the
             squared norms of 64 normalised channels lie, the step of bfloat16 is 0.5.
         scale: Factor on the inner products, finite and > 0; 1 in the paper (section 4).
+        mask: Which nodes are real, bool, shape [..., N], where graphs are padded to one size; all if None.
+            The others are never stepped to and stay where they are; their features are set to 0 and do not
+            count.
 
     Raises:
-        TypeError: `psi` is not a floating-point tensor.
-        ValueError: `psi` has fewer than two dimensions or is empty, or `scale` is not positive.
+        TypeError: `psi` is not a floating-point tensor, or `mask` not of bool.
+        ValueError: `psi` has fewer than two dimensions or is empty, `scale` is not positive, or `mask` has
+            another shape.
 
     Example:
         >>> import torch, graphdiff as gd
@@ -54,15 +60,20 @@ class AttentionTransition(Transition):
 
     psi: Tensor
     scale: float = field(default=1.0, kw_only=True)
+    mask: Tensor | None = field(default=None, kw_only=True)
 
     reversible = True
     positive_semidefinite = True
+    entrywise = True
 
     def __post_init__(self) -> None:
         psi = checks.floating(self.psi, "psi")
         if psi.ndim < 2 or psi.numel() == 0:
             raise ValueError(f"psi: expected shape [..., N, d], not empty, got {checks.shape_text(psi)}")
         checks.positive_number(self.scale, "scale")
+        if self.mask is not None:
+            checks.node_mask(self.mask, psi.shape[:-1], psi.device)
+            object.__setattr__(self, "psi", checks.real(psi, self.mask))
 
     @property
     def shape(self) -> torch.Size:
@@ -73,37 +84,52 @@ class AttentionTransition(Transition):
     def log_degree(self) -> Tensor:
         """The log-sum-exp of each row of scale · ψψᵀ, [..., N], differentiable."""
         nothing = self.psi.new_zeros(*self.psi.shape[:-1], 1)
-        return attention(*self._query_key(), nothing)[1]
+        log_degree = attention(*self._query_key(), nothing)[1]
+        return log_degree if self.mask is None else checks.padded_with_largest(log_degree, self.mask)
 
     def _query_key(self) -> tuple[Tensor, Tensor]:
+        """Queries and keys; with a mask each is one longer, which adds NEVER to what leads to padding."""
         psi = _at_least_float32(self.psi)
-        return self.scale * psi, psi
+        if self.mask is None:
+            return self.scale * psi, psi
+        ones = torch.ones_like(psi[..., :1])
+        never = ones.masked_fill(self.mask.unsqueeze(-1), 0.0) * NEVER
+        return torch.cat([self.scale * psi, ones], -1), torch.cat([psi, never], -1)
 
     def matmul(self, y: Tensor) -> Tensor:
         """P y."""
-        return attention(*self._query_key(), y)[0]
+        return self._staying(attention(*self._query_key(), checks.real(y, self.mask))[0], y)
 
     def rmatmul(self, v: Tensor) -> Tensor:
         """Pᵀ v, as attention over columns with −lse added to every logit of a row."""
         query, key = self._query_key()
         lse = _at_least_float32(self.log_degree).unsqueeze(-1)
         value, log_mass = attention(
-            torch.cat([query, torch.ones_like(lse)], -1), torch.cat([key, -lse], -1), v
+            torch.cat([query, torch.ones_like(lse)], -1),
+            torch.cat([key, -lse], -1),
+            checks.real(v, self.mask),
         )
-        return value * log_mass.unsqueeze(-1).exp()
+        return self._staying(value * log_mass.unsqueeze(-1).exp(), v)
 
     def vjp(self, y: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """P y and the gradient in ψ, by the kernels; so it serves below autograd too."""
         query, key = self._query_key()
-        product, g_query, g_key = attention_vjp(query, key, y, v)
-        return product, ((self.scale * g_query + g_key).to(self.dtype),)
+        real_y, real_v = checks.real(y, self.mask), checks.real(v, self.mask)
+        product, g_query, g_key = attention_vjp(query, key, real_y, real_v)
+        g_psi = (self.scale * g_query + g_key)[..., : self.psi.shape[-1]].to(self.dtype)
+        return self._staying(product, y), (checks.real(g_psi, self.mask),)
 
     def rows(self, index: Tensor | Sequence[int]) -> Tensor:
         """The rows P[index], [..., len(index), N]."""
         query, key = self._query_key()
+        index = self._row_index(index)
         with torch.autocast(self.device.type, enabled=False):
-            logits = query[..., self._row_index(index), :] @ key.mT
-        return torch.softmax(logits, -1).to(self.dtype)
+            logits = query[..., index, :] @ key.mT
+        rows = torch.softmax(logits, -1).to(self.dtype)
+        if self.mask is None:
+            return rows
+        itself = torch.eye(self.shape[-1], dtype=self.dtype, device=self.device)[index]
+        return torch.where(self.mask[..., index].unsqueeze(-1), rows, itself)
 
     def dense(self) -> Tensor:
         """The N×N matrix."""
@@ -113,6 +139,11 @@ class AttentionTransition(Transition):
         """Of the sum, and of the logits, whose absolute error is a relative one of P's entries."""
         logits = (self.psi.shape[-1] + 2) * torch.finfo(dtype).eps * self._largest_logit(dtype)
         return self.sum_rounding(dtype) + logits
+
+    def degree_rounding(self, dtype: torch.dtype) -> Tensor | float:
+        """Of the sum, its logarithm and the logits."""
+        largest = self._largest_logit(dtype) + math.log(self.shape[-1])
+        return self.sum_rounding(dtype) + (self.psi.shape[-1] + 3) * torch.finfo(dtype).eps * largest
 
     def transposed_rounding(self, dtype: torch.dtype) -> Tensor | float:
         """Besides, of the log-sum-exp of each row, which is one more term of as large logits."""

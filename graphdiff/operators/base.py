@@ -29,10 +29,17 @@ class Transition(ABC):
     """Whether, besides, the affinity D·P has no negative eigenvalue."""
     sparse: bool = False
     """Whether rows are short lists, given by `neighbours` and `to_scipy`."""
+    entrywise: bool = False
+    """Whether `rounding` holds entry by entry, |fl(P y) − P y| ≤ ε P|y|, underflow apart."""
     restarts: bool = False
     """Whether some nodes jump to the signal's own distribution, which `restarting_at` binds."""
     stochastic: Literal["rows", "columns"] = "rows"
     """Which sums are 1."""
+    mask: Tensor | None = None
+    """Which nodes are real, [..., N] bool, where graphs are padded to one size; None if all are.
+
+    A padded node stays where it is, and no other node steps to it.
+    """
 
     @property
     @abstractmethod
@@ -93,6 +100,14 @@ class Transition(ABC):
     def transposed_rounding(self, dtype: torch.dtype) -> Tensor | float:
         """The same of Pᵀ v, in the 1-norm."""
         return self.rounding(dtype)
+
+    def degree_rounding(self, dtype: torch.dtype) -> Tensor | float:
+        """How far `log_degree` computed in `dtype` may be off, a number or [..., 1, 1].
+
+        Stored degrees are what they are; what is computed is, unless written, off as a sum is.
+        """
+        stored = any(field.name == "log_degree" for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        return 0.0 if stored else self.sum_rounding(dtype)
 
     @property
     def T(self) -> "Transition":
@@ -193,6 +208,10 @@ class Transition(ABC):
                 object.__setattr__(other, field.name, value)
         return other
 
+    def _staying(self, product: Tensor, y: Tensor) -> Tensor:
+        """The product at real nodes, y itself at padded ones."""
+        return product if self.mask is None else torch.where(self.mask.unsqueeze(-1), product, y)
+
     def _row_index(self, index: Tensor | Sequence[int]) -> Tensor:
         index = torch.as_tensor(index, device=self.device)
         nodes = self.shape[-1]
@@ -241,6 +260,15 @@ class TransposedTransition(Transition):
         """−log d of the original."""
         log_degree = self.original.log_degree
         return None if log_degree is None else -log_degree
+
+    def degree_rounding(self, dtype: torch.dtype) -> Tensor | float:
+        """As the original."""
+        return self.original.degree_rounding(dtype)
+
+    @property
+    def mask(self) -> Tensor | None:  # type: ignore[override]  # the original's
+        """As the original."""
+        return self.original.mask
 
     @property
     def sparse(self) -> bool:  # type: ignore[override]  # the original's

@@ -20,6 +20,8 @@ class DenseTransition(Transition):
         P: Row-stochastic matrices, shape [..., N, N], checked to be ≥ 0 with rows that sum to 1.
         log_degree: log d, shape [..., N], where the walk is known to be reversible; `from_affinity` finds
             it from a symmetric W.
+        mask: Which nodes are real, bool, shape [..., N], where graphs are padded to one size; all if None.
+            What stands in rows and columns of the others does not count.
 
     Raises:
         TypeError: `P` is not a floating-point tensor.
@@ -36,10 +38,16 @@ class DenseTransition(Transition):
 
     P: Tensor
     log_degree: Tensor | None = field(default=None, kw_only=True)
+    mask: Tensor | None = field(default=None, kw_only=True)
+
+    entrywise = True
 
     def __post_init__(self) -> None:
         P = checks.floating(self.P, "P")
         checks.square(P, "P")
+        if self.mask is not None:
+            P = _without_padding(P, self.mask)
+            object.__setattr__(self, "P", P)
         checks.finite(P, "P")
         checks.nonnegative(P, "P")
         # Each of N entries is rounded by eps/2 of itself, and so is the sum.
@@ -61,10 +69,11 @@ class DenseTransition(Transition):
                 )
 
     @classmethod
-    def from_affinity(cls, W: Tensor) -> "DenseTransition":
+    def from_affinity(cls, W: Tensor, mask: Tensor | None = None) -> "DenseTransition":
         """P = D⁻¹W for an affinity W ≥ 0, shape [..., N, N]; differentiable in W.
 
-        The walk is taken as reversible where W is exactly symmetric.
+        The walk is taken as reversible where W is exactly symmetric. With a mask, bool [..., N], only weights
+        between real nodes count.
 
         Raises:
             TypeError: `W` is not a floating-point tensor.
@@ -72,6 +81,8 @@ class DenseTransition(Transition):
         """
         W = checks.floating(W, "W")
         checks.square(W, "W")
+        if mask is not None:
+            W = _without_padding(W, mask)
         checks.finite(W, "W")
         checks.nonnegative(W, "W")
         # Scaling a row by its largest entry first keeps sums of very large and very small weights finite.
@@ -85,8 +96,10 @@ class DenseTransition(Transition):
         scaled = W / largest
         degree = scaled.sum(-1, keepdim=True)
         symmetric = torch.equal(W, W.mT)
-        log_degree = (degree.detach().log() + largest.log()).squeeze(-1) if symmetric else None
-        return cls(scaled / degree, log_degree=log_degree)
+        log_degree = (degree.log() + largest.log()).squeeze(-1) if symmetric else None
+        if log_degree is not None and mask is not None:
+            log_degree = checks.padded_with_largest(log_degree, mask)
+        return cls(scaled / degree, log_degree=log_degree, mask=mask)
 
     @property
     def shape(self) -> torch.Size:
@@ -110,11 +123,11 @@ class DenseTransition(Transition):
 
     def matmul(self, y: Tensor) -> Tensor:
         """P y."""
-        return self._product(self._in_lines(), y)
+        return self._staying(self._product(self._in_lines(), checks.real(y, self.mask)), y)
 
     def rmatmul(self, v: Tensor) -> Tensor:
         """Pᵀ v."""
-        return self._product(self._in_lines().mT, v)
+        return self._staying(self._product(self._in_lines().mT, checks.real(v, self.mask)), v)
 
     def _product(self, P: Tensor, y: Tensor) -> Tensor:
         nodes, channels = y.shape[-2:]
@@ -144,6 +157,13 @@ class DenseTransition(Transition):
     def dense(self) -> Tensor:
         """P itself."""
         return self.P
+
+
+def _without_padding(W: Tensor, mask: Tensor) -> Tensor:
+    """The matrix between real nodes, and 1 from each padded node to itself."""
+    checks.node_mask(mask, W.shape[:-1], W.device)
+    eye = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
+    return torch.where(mask.unsqueeze(-1) & mask.unsqueeze(-2), W, eye * ~mask.unsqueeze(-1))
 
 
 def _filled_up(P: Tensor) -> Tensor:

@@ -70,5 +70,5 @@ def grid_transition(image: Tensor, beta: float = 90.0, connectivity: int = 4) ->
         indptr,
         target[inside].to(numbers),
         logits.softmax(-1)[inside].to(image.dtype),
-        log_degree=logits.detach().logsumexp(-1).to(image.dtype),
+        log_degree=logits.logsumexp(-1).to(image.dtype),
     )

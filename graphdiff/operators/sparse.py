@@ -21,6 +21,7 @@ from torch import Tensor
 
 from graphdiff import checks
 from graphdiff.operators.base import Transition
+from graphdiff.operators.neighbours import nearest_pairs
 
 Dangling = Literal["self", "uniform", "restart", "error"] | Tensor
 
@@ -31,7 +32,8 @@ class SparseTransition(Transition):
 
     Row i holds the steps out of node i: node ``indices[e]`` with probability ``values[e]`` for e from
     ``indptr[i]`` to ``indptr[i + 1]``. The tensors are taken as they are, not copied. Weights that are not
-    yet probabilities go through `from_edge_index`, `from_scipy`, `from_networkx` or `from_torch`.
+    yet probabilities go through `from_edge_index`, `from_scipy`, `from_networkx` or `from_torch`; for points
+    in space there is `from_points`.
 
     Args:
         indptr: Where rows begin, int32 or int64, shape [N + 1].
@@ -63,6 +65,8 @@ class SparseTransition(Transition):
     log_degree: Tensor | None = field(default=None, kw_only=True)
     dangling: Tensor | None = field(default=None, kw_only=True)
     jump: Tensor | None = field(default=None, kw_only=True)
+
+    entrywise = True
 
     def __post_init__(self) -> None:
         indptr, indices = checks.integers(self.indptr, "indptr"), checks.integers(self.indices, "indices")
@@ -351,6 +355,74 @@ class SparseTransition(Transition):
             dangling=dangling,
             reversible=reversible,
             dtype=checks.floating_dtype(dtype, weight.dtype),
+        )
+
+    @classmethod
+    def from_points(cls, x: Tensor, k: int, bandwidth: float | Tensor) -> "SparseTransition":
+        r"""The reversible walk between near neighbours among points in space.
+
+        .. math:: P_{ij} \propto w_{ij} = \exp\left(-\frac{\lVert x_i - x_j \rVert^2}{2 h^2}\right)
+
+        for i ≠ j of which one, at least, is among the k nearest of the other. Neighbours are exact, found
+        without an N×N matrix. Rows are normalised in the log domain, so a walk leaves even a point that is
+        far from all others; a single point stays where it is.
+
+        Args:
+            x: Points, shape [N, D], such as coordinates, colours or features.
+            k: How many nearest neighbours, ≥ 1; all other points where there are no more. Copies of a point
+                are neighbours like any, and which of several at exactly the same distance are taken is
+                arbitrary, but the same every time.
+            bandwidth: h > 0, in units of x: a number, or a 0-d tensor.
+
+        Returns:
+            A `SparseTransition` in the dtype of `x`, differentiable in `x` and `bandwidth` with the
+            neighbours as they are.
+
+        Raises:
+            TypeError: `x` is not a floating-point tensor.
+            ValueError: `x` is not [N, D], empty or not finite, or `k` or `bandwidth` is not positive.
+
+        Example:
+            >>> import torch, graphdiff as gd
+            >>> x = torch.tensor([[0.0], [1.0], [3.0], [100.0]])
+            >>> gd.SparseTransition.from_points(x, k=1, bandwidth=1.0).dense()
+            tensor([[0.0000, 1.0000, 0.0000, 0.0000],
+                    [0.8176, 0.0000, 0.1824, 0.0000],
+                    [0.0000, 1.0000, 0.0000, 0.0000],
+                    [0.0000, 0.0000, 1.0000, 0.0000]])
+        """
+        x = checks.floating(x, "x")
+        if x.ndim != 2 or x.numel() == 0:
+            raise ValueError(f"x: expected points [N, D], not empty, got {checks.shape_text(x)}")
+        checks.finite(x, "x")
+        checks.positive_integer(k, "k")
+        if isinstance(bandwidth, Tensor):
+            checks.same_device(checks.floating(bandwidth, "bandwidth"), "bandwidth", x.device, "x")
+            checks.shaped(bandwidth, "bandwidth", [], "one number")
+            checks.positive_number(float(bandwidth.detach()), "bandwidth")
+        else:
+            checks.positive_number(bandwidth, "bandwidth")
+
+        nodes, points = len(x), x.to(checks.widest(x.device))
+        i, j = nearest_pairs(points.detach(), k)
+        unlike = ((points.index_select(0, i) - points.index_select(0, j)) / bandwidth).square().sum(-1) / 2
+        # Infinitely far from every neighbour is equally far from all.
+        logits = (-unlike).clamp(min=torch.finfo(unlike.dtype).min)
+        source, target, logits = torch.cat([i, j]), torch.cat([j, i]), torch.cat([logits, logits])
+        if nodes == 1:
+            source = target = torch.zeros(1, dtype=torch.int64, device=x.device)
+            logits = points.new_zeros(1)
+        order = (source * nodes + target).argsort()
+        source, target, logits = source[order], target[order], logits.index_select(0, order)
+        largest = logits.new_full((nodes,), -torch.inf).scatter_reduce(0, source, logits.detach(), "amax")
+        weight = (logits - largest[source]).exp()
+        degree = weight.new_zeros(nodes).index_add(0, source, weight)
+        numbers = torch.int32 if max(nodes, len(source)) < 2**31 else torch.int64
+        return cls(
+            _row_starts(source, nodes).to(numbers),
+            target.to(numbers),
+            (weight / degree[source]).to(x.dtype),
+            log_degree=(degree.log() + largest).clamp(min=torch.finfo(x.dtype).min).to(x.dtype),
         )
 
     @property
@@ -677,10 +749,10 @@ def _walk(
     jumps = len(stuck) > 0 and not stays
     log_degree: Tensor | None = None
     if not jumps and (_symmetric(key, target * nodes + source, given) if reversible is None else reversible):
-        log_degree = degree.detach().log() + largest.log()
+        log_degree = degree.log() + largest.log()
         # A node on its own may have any degree; the largest of the others hides none of them.
         others = log_degree.isfinite()
-        alone = log_degree[others].max() if bool(others.any()) else log_degree.new_zeros(())
+        alone = log_degree.detach()[others].max() if bool(others.any()) else log_degree.new_zeros(())
         log_degree = torch.where(others, log_degree, alone).to(dtype)
     numbers = torch.int32 if max(nodes, len(key)) < 2**31 else torch.int64
     return SparseTransition(

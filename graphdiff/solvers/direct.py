@@ -13,8 +13,9 @@ from graphdiff.solvers.base import Iterate, Limits, Solver
 class Factors(NamedTuple):
     """LU factors of A = I − MP.
 
-    Dense: `lu` [..., 1 or K, N, N] and `pivots`; a µ per channel needs a matrix per channel. Sparse: `lu` is
-    a list of scipy's factorisations, one for each µ in the order of its leading dimensions and channels.
+    Dense: `lu` [..., 1 or K, N, N] and `pivots` of Aᵀ; a µ per channel needs a matrix per channel.
+    Sparse: `lu` is a list of scipy's factorisations of A, one for each µ in the order of its leading
+    dimensions and channels.
     """
 
     lu: Any
@@ -48,7 +49,9 @@ class Direct(Solver):
         P = operator.dense().unsqueeze(-3)
         # [..., 1 or N, 1 or K] → [..., 1 or K, 1 or N, 1]: the rows of each channel's matrix.
         A = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device) - mu.mT.unsqueeze(-1) * P
-        lu, pivots = torch.linalg.lu_factor(A)
+        # Of Aᵀ: in its columns the diagonal outweighs the rest, so no row is exchanged, and entries of x that
+        # are small beside others keep their digits.
+        lu, pivots = torch.linalg.lu_factor(A.mT)
         return Factors(lu, pivots, operator, mu)
 
     def transposed(self, state: Factors) -> Factors:
@@ -72,9 +75,9 @@ def _substitute(state: Factors, rhs: Tensor) -> Tensor:
         return _sparse_substitute(lu, mu, rhs, flipped)
     x: Tensor
     if lu.shape[-3] == 1:
-        x = torch.linalg.lu_solve(lu.squeeze(-3), pivots.squeeze(-2), rhs, adjoint=flipped)
+        x = torch.linalg.lu_solve(lu.squeeze(-3), pivots.squeeze(-2), rhs, adjoint=not flipped)
         return x
-    x = torch.linalg.lu_solve(lu, pivots, rhs.mT.unsqueeze(-1), adjoint=flipped)
+    x = torch.linalg.lu_solve(lu, pivots, rhs.mT.unsqueeze(-1), adjoint=not flipped)
     return x.squeeze(-1).mT
 
 

@@ -132,7 +132,7 @@ def test_the_solve_is_a_well_behaved_operator_of_torch():
     psi, mu = randn(2, 3, 6).mT.requires_grad_(), torch.tensor(0.6, requires_grad=True)
     # Signals of maps come with nodes last in memory.
     for s in (randn(2, 6, 2), randn(2, 2, 6).mT, randn(6, 2), randn(2, 1, 6).mT):
-        torch.library.opcheck(_diffuse_attention, (psi, 1.0, s.requires_grad_(), mu, 1e-5, "CG()"))
+        torch.library.opcheck(_diffuse_attention, (psi, 1.0, None, s.requires_grad_(), mu, 1e-5, "CG()"))
 
 
 def test_half_precision_is_solved_in_float32():

@@ -139,6 +139,27 @@ def _grid(connectivity: int) -> Kind:
     return Kind(_features(1.0), build, dense, batched=False, relabelled=())
 
 
+def _points(k: int) -> Kind:
+    """Neighbours of points in space, one-sided ones included."""
+
+    def dense(x: Tensor) -> Tensor:
+        n = len(x)
+        squares = (x.unsqueeze(1) - x).square().sum(-1)
+        eye = torch.eye(n, dtype=torch.bool)
+        found = squares.masked_fill(eye, torch.inf).argsort(-1)[:, : min(k, n - 1)]
+        near = torch.zeros(n, n, dtype=torch.bool).scatter(1, found, True)
+        near = near | near.T if n > 1 else eye
+        return torch.softmax((-squares / (2 * 0.8**2)).masked_fill(~near, -torch.inf), -1)
+
+    return Kind(
+        _features(1.0),
+        lambda x: gd.SparseTransition.from_points(x, k, bandwidth=0.8),
+        dense,
+        batched=False,
+        relabelled=(-2,),
+    )
+
+
 def _lazy_ring() -> Kind:
     """Stays with a probability of its own at each node, else steps to either side; written as a product."""
 
@@ -149,7 +170,7 @@ def _lazy_ring() -> Kind:
         return stay * y + (1 - stay) * (y.roll(1, -2) + y.roll(-1, -2)) / 2
 
     def build(stay: Tensor) -> gd.Transition:
-        log_degree = -torch.log1p(-stay.detach()).squeeze(-1)
+        log_degree = -torch.log1p(-stay).squeeze(-1)
         shape = (*stay.shape[:-1], stay.shape[-2])
         return gd.FunctionTransition(product, shape, tensors=(stay,), log_degree=log_degree)
 
@@ -183,6 +204,7 @@ OPERATORS: dict[str, Kind] = {
     "uniform jump": _sparse(_stuck, "uniform", reversible=False),
     "grid": _grid(4),
     "grid of 8": _grid(8),
+    "points": _points(3),
     "function": _lazy_ring(),
     "flat attention": _attention(_features(0.3)),
     "scaled attention": _attention(_features(2.0), scale=0.37),
