@@ -115,8 +115,9 @@ def heat_kernel(
             mask = able & fewer
             best.take(_polynomials(problem, operator, bessel, mask, most, differentiable), mask)
             able = able & ~best.converged
-            if max_steps is not None:
-                able = able & ~(fewer & best.bound.isfinite())
+            # Powers take over where their rounding promises more, and where nothing has been found.
+            sound = times * operator.rounding(dtype) + poisson.rounding <= problem.tol / 2
+            able = able & ~(fewer & best.bound.isfinite() & ~(sound & (max_steps is None)))
         budget = torch.full_like(best.bound, most)
         best.take(_powers(problem, operator, poisson, able, budget, not differentiable), able)
         pending = pending & ~best.converged

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,8 +13,6 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import graphdiff as gd
 from tests.graphdiff.zoo import OPERATORS, problems
-
-names = pytest.mark.parametrize("name", OPERATORS)
 
 
 def norm(x, transposed):
@@ -79,7 +78,7 @@ def check(sol, exact, s, transposed, slip=1e-13):
     dtype=st.sampled_from([torch.float32, torch.float64]),
     recorded=st.booleans(),
 )
-@settings(max_examples=120)
+@settings(max_examples=70)
 def test_heat_keeps_the_promise(problem, t, transposed, dtype, recorded):
     P = problem.P.to(dtype)
     D = P.to(torch.float64).dense()
@@ -120,6 +119,57 @@ def test_the_certificate_of_heat_holds_to_the_last_digit(t, transposed):
             assert (sol.error_bound < 1e-11).all()
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Drifting(gd.Transition):
+    """A walk whose products are all too large by as much as it says they may be off."""
+
+    walk: gd.Transition
+    claimed: bool = True
+
+    OFF = 1e-6
+
+    @property
+    def shape(self):
+        return self.walk.shape
+
+    @property
+    def reversible(self):
+        return self.claimed
+
+    @property
+    def log_degree(self):
+        return self.walk.log_degree
+
+    @property
+    def positive_semidefinite(self):
+        return self.walk.positive_semidefinite
+
+    def rounding(self, dtype):
+        return self.OFF + self.walk.rounding(dtype)
+
+    def matmul(self, y):
+        return self.walk.matmul(y) + self.OFF * y.abs().amax(-2, keepdim=True)
+
+
+@pytest.mark.parametrize("claimed", [False, True])
+@pytest.mark.parametrize("t", [3.0, 50.0])
+def test_errors_of_products_add_up_in_the_bound(claimed, t):
+    """On a constant they add up to t times one of them, whatever the sum is made of."""
+    psi = torch.randn(40, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    s = torch.ones(40, 1, dtype=torch.float64)
+    for walk in (ring(40), gd.AttentionTransition(3 * psi)):
+        with torch.no_grad():
+            sol = gd.heat_kernel(Drifting(walk, claimed), s, t, tol=1e-12, on_failure="ignore")
+        assert sol.solver == ("Chebyshev sum" if claimed else "Poisson sum")
+        error = float((sol.value - 1).abs().max())
+        assert 0.9 * t * Drifting.OFF < error <= float(sol.error_bound)
+        assert not sol.converged.any()
+    for basis in ("monomial", "chebyshev", "bernstein"):
+        sol = gd.polynomial(Drifting(ring(40), claimed), s, [0.0, 0.1, 0.2, 0.7], basis, tol=1e-3)
+        exact = float(evaluated(ring(40).dense(), s, [0.0, 0.1, 0.2, 0.7], basis)[0, 0])
+        assert 1e-7 < float((sol.value - exact).abs().max()) <= float(sol.error_bound) < 1e-4
+
+
 @pytest.mark.parametrize(("t", "channel"), [(1e4, 0), (1e5, 1)])
 def test_long_times_neither_overflow_nor_cancel(t, channel):
     """Cosines on a ring are eigenvectors: exp(−t(1 − cos θ)) is known to the last digit."""
@@ -147,7 +197,7 @@ def test_long_times_on_a_directed_walk():
     assert (sol.matvecs < 2e3 + 400).all()
     check(sol, heat(cycle.dense(), s, 2e3), s, False, 1e-10)
     mixed = gd.heat_kernel(P, s, 1e4, tol=1e-9)
-    assert (mixed.matvecs < 3000).all()
+    assert (mixed.matvecs < 3000).all()  # and not 10 700
     check(mixed, heat(P.dense(), s, 1e4), s, False, 1e-10)
 
 
@@ -202,6 +252,18 @@ def test_a_walk_that_has_mixed_ends_the_sum():
         check(sol, heat(P.dense(), s, t), s, False, 1e-10)
         # Gradients need the whole sum: a signal that has mixed says nothing of another.
         assert (gd.heat_kernel(P, s.clone().requires_grad_(), t, tol=1e-8).matvecs > 30).all()
+
+
+def test_slow_is_not_mixed():
+    """Little changes in a step of a long ring, and much in three thousand."""
+    node = torch.arange(400)
+    edges = torch.stack([node, (node + 1) % 400])
+    P = gd.SparseTransition.from_edge_index(edges, undirected=True, reversible=False, dtype=torch.float64)
+    theta = 2 * math.pi / 400
+    s = torch.cos(theta * node.double())
+    sol = gd.heat_kernel(P, s, 3000.0, tol=2e-3)
+    exact = math.exp(-3000 * 2 * math.sin(theta / 2) ** 2) * s
+    assert (sol.value - exact).abs().max() <= sol.error_bound <= 2e-3
 
 
 def test_each_channel_and_graph_has_its_own_time():
@@ -297,8 +359,10 @@ def leaf_of(name, n=4):
     return leaf, (leaf != 0).double(), torch.randn(n, 2, generator=g, dtype=torch.float64)
 
 
-@names
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "transposed"),
+    [*((name, False) for name in OPERATORS), ("directed", True), ("sparse star", True)],
+)
 def test_gradients_of_heat(name, transposed):
     leaf, edges, s = leaf_of(name)
     symmetric = OPERATORS[name].reversible and leaf.shape[-1] == leaf.shape[-2]
@@ -351,7 +415,7 @@ def test_the_gradient_of_a_constant_signal_is_that_of_heat():
     dtype=st.sampled_from([torch.float32, torch.float64]),
     per_channel=st.booleans(),
 )
-@settings(max_examples=120)
+@settings(max_examples=70)
 def test_polynomials_keep_the_promise(problem, degree, basis, transposed, dtype, per_channel):
     P = problem.P.to(dtype)
     D = P.to(torch.float64).dense()
@@ -457,7 +521,7 @@ def test_filters_that_users_know():
     assert (line - (s - P @ s) / 2).abs().max() < 1e-12
 
 
-@names
+@pytest.mark.parametrize("name", ["directed", "sparse star", "uniform jump", "function", "flat attention"])
 @pytest.mark.parametrize("basis", ["monomial", "chebyshev", "bernstein"])
 def test_gradients_of_polynomials(name, basis):
     leaf, edges, s = leaf_of(name)
