@@ -6,6 +6,7 @@
 """
 
 from graphdiff import nn, operators, solvers
+from graphdiff.boundary import harmonic, random_walker
 from graphdiff.diffusion import diffuse, solve
 from graphdiff.estimate import Estimate, estimate
 from graphdiff.nn import CascadedWalk, Diffusion, FeatureEmbedding, WalkStep
@@ -37,9 +38,11 @@ __all__ = [
     "diffuse",
     "estimate",
     "grid_transition",
+    "harmonic",
     "nn",
     "operators",
     "pagerank",
+    "random_walker",
     "solve",
     "solvers",
 ]

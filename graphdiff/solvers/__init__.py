@@ -6,6 +6,7 @@ from graphdiff.solvers.bicgstab import BiCGSTAB
 from graphdiff.solvers.cg import CG
 from graphdiff.solvers.chebyshev import Chebyshev
 from graphdiff.solvers.direct import Direct
+from graphdiff.solvers.multigrid import Multigrid
 from graphdiff.solvers.walk import Walk
 
-__all__ = ["CG", "Auto", "BiCGSTAB", "Chebyshev", "Direct", "Solver", "Walk"]
+__all__ = ["CG", "Auto", "BiCGSTAB", "Chebyshev", "Direct", "Multigrid", "Solver", "Walk"]
