@@ -288,7 +288,9 @@ class _Problem:
             degree = self.degree.detach() + (self.sums.detach() * divisor).log().squeeze(-1)
             # CG gives clamped nodes no weight; the degree of any other keeps them out of its way.
             degree = torch.where(self.clamped.squeeze(-1), -torch.inf, degree)
-            degree = degree.maximum(degree.masked_fill(degree == -torch.inf, torch.inf).amin(-1, keepdim=True))
+            degree = degree.maximum(
+                degree.masked_fill(degree == -torch.inf, torch.inf).amin(-1, keepdim=True)
+            )
         return _Inside(self.walk, self.sums, self.free, divisor, degree), mu
 
     def defect(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -369,18 +371,21 @@ def _solve(call: Call, problem: _Problem, given: Tensor, guess: Tensor, atol: Te
         state = _prepared(solver, operator, mu, state)
         start = torch.where(clamped, given, guess)
         missing, _ = problem.defect(start)
-        first = solver.solve(state, missing, torch.zeros_like(missing), 0.5 * atol, _limit(call, atol))
+        limit = None if call.max_steps is None else torch.full_like(atol, call.max_steps, dtype=torch.int64)
+        first = solver.solve(state, missing, torch.zeros_like(missing), 0.5 * atol, limit)
         start = start + free * first.x
         start = torch.where(start.isfinite(), start, guess).clamp(low, high)
     u = torch.where(clamped, given, start)
     missing, slack = problem.defect(u)
     rounded = weight.bound(slack)
     allowed = 0.9 * atol - rounded.amax(-2, keepdim=True)
-    if bool((allowed < 0.25 * atol).any()):
+    if bool(((allowed < 0.25 * atol) & weight.certain).any()):
         # The rounding errors lie where u changes most, which are not the nodes where walks are longest: a
         # weight made for them.
         aim = (slack / atol).nan_to_num(nan=0.0, posinf=0.0).amax(-1, keepdim=True)
-        aim = free * (aim / aim.amax(-2, keepdim=True).clamp(min=torch.finfo(aim.dtype).tiny)).clamp(min=FLOOR)
+        aim = free * (aim / aim.amax(-2, keepdim=True).clamp(min=torch.finfo(aim.dtype).tiny)).clamp(
+            min=FLOOR
+        )
         with torch.no_grad():
             other, more, _ = _weigh(call, problem, aim, FLOOR, FLOOR * weight.t, state)
         spent = Iterate(other.v, spent.steps + more.steps, spent.matvecs + more.matvecs)
@@ -406,7 +411,7 @@ def _solve(call: Call, problem: _Problem, given: Tensor, guess: Tensor, atol: Te
 def _weigh(
     call: Call, problem: _Problem, aim: Tensor, floor: float, t: Tensor, state: Any
 ) -> tuple[_Weight, Iterate, Any]:
-    """A weight made by solving A t = aim coarsely, `floor` ≤ aim ≤ 1 on the free nodes; counts, and a state."""
+    """A weight by solving A t = aim coarsely, `floor` ≤ aim ≤ 1 on the free nodes; counts, and a state."""
     clamped = problem.clamped
     target = torch.full_like(aim[..., :1, :], COARSE * floor)
     certain = torch.zeros_like(target, dtype=torch.bool)
@@ -415,14 +420,16 @@ def _weigh(
     for rest in RESTS:
         operator, mu = problem.system(1 - rest)
         state = _prepared(call.solver, operator, mu, state)
-        found = call.solver.solve(state, aim, t.expand_as(aim), target / rest, _limit(call, target))
+        left = None if call.max_steps is None else call.max_steps - steps.unsqueeze(-2)
+        found = call.solver.solve(state, aim, t.expand_as(aim), target / rest, left)
         t = torch.where(certain, t, problem.free * found.x)
         steps = steps + torch.where(certain.squeeze(-2), 0, found.steps)
         matvecs = matvecs + torch.where(certain.squeeze(-2), 0, found.matvecs)
         defect, slack = problem.defect(t)
         w = -defect - slack
         certain = ((w > 0) & t.isfinite() | clamped).all(-2, keepdim=True)
-        if bool(certain.all()):
+        exhausted = call.max_steps is not None and int(steps.max()) >= call.max_steps
+        if bool(certain.all()) or exhausted:
             break
     return _Weight.of(t, w, clamped, certain), Iterate(t, steps, matvecs), state
 
@@ -432,11 +439,6 @@ def _prepared(solver: Solver, operator: Transition, mu: Tensor, earlier: Any) ->
     if earlier is not None and isinstance(solver, Direct | Multigrid):
         return earlier._replace(operator=operator, mu=mu)
     return solver.prepare(operator, mu)
-
-
-def _limit(call: Call, like: Tensor) -> Tensor | None:
-    """max_steps as solvers take it."""
-    return None if call.max_steps is None else torch.full_like(like, call.max_steps, dtype=torch.int64)
 
 
 def _check_reachable(P: Transition, clamped: Tensor) -> None:
@@ -505,8 +507,8 @@ class RandomWalk:
     """What `random_walker` finds.
 
     Attributes:
-        labels: The most probable label of each pixel, int64, shape of the image; the negative numbers of pixels
-            left out stay.
+        labels: The most probable label of each pixel, int64, shape of the image; pixels left out keep their
+            negative numbers.
         probability: That each label is met first, [K, H, W] or [K, D, H, W] in the order of `names`, float64
             (float32 where the device has no other), differentiable; 0 at pixels left out.
         names: The K labels in rising order, int64 [K].
@@ -537,7 +539,8 @@ def random_walker(
 ) -> RandomWalk:
     r"""Segmentation by random walks from every pixel to the first seed (Grady 2006).
 
-    .. math:: w_{ij} = \exp\Bigl(-\frac{\beta \lVert I_i - I_j \rVert^2}{10\,\sigma\sqrt{C}\,h^2}\Bigr) + 10^{-10}
+    .. math::
+        w_{ij} = \exp\Bigl(-\frac{\beta \lVert I_i - I_j \rVert^2}{10 \sigma \sqrt{C} h^2}\Bigr) + 10^{-10}
 
     between neighbouring pixels, with σ the standard deviation of all entries of I, C the number of channels
     and h the spacing along the step: the scaling of `skimage.segmentation.random_walker`. A pixel gets the
@@ -545,8 +548,8 @@ def random_walker(
 
     Args:
         image: I: floating-point tensor or array, [H, W] or [D, H, W], with channels [..., C, ...] where
-            `channel_axis` says. Arrays and tensors of uint8 (and arrays of uint16 and bool) are divided by the
-            largest number of their type.
+            `channel_axis` says. Numbers of uint8, and in arrays of uint16, are divided by the largest of
+            their type; an array of bool is 0 and 1.
         seeds: Integers, shape of the image without its channels: labels > 0, 0 where unknown, < 0 for pixels
             to leave out, which no walk enters.
         beta: β ≥ 0: the larger, the rarer a walk goes where colours differ.
@@ -558,8 +561,8 @@ def random_walker(
         on_failure: What to do where the promise cannot be kept: "warn", "raise" or "ignore".
 
     Returns:
-        A `RandomWalk`: `labels`, `probability`, differentiable in an image that is a floating-point tensor, and
-        the `Solution` that certifies it.
+        A `RandomWalk`: `labels`, `probability`, differentiable in an image that is a floating-point tensor,
+        and the `Solution` that certifies it.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
@@ -584,7 +587,7 @@ def random_walker(
     marks = _marks(seeds, sides, pixels.device)
     beta = checks.nonnegative_number(beta, "beta")
     distances = _spacing(spacing, len(sides))
-    names = marks[marks > 0].unique()
+    names = torch.unique(marks[marks > 0])
     if len(names) < 2:
         raise ValueError(
             f"seeds: expected pixels of at least two labels > 0, got {names.tolist()}; a walk then meets one "
@@ -667,16 +670,18 @@ def _pixels(image: Any, channel_axis: int | None) -> Tensor:
 
 def _marks(seeds: Any, sides: Sequence[int], device: torch.device) -> Tensor:
     """The seeds as int64 of the image's shape."""
-    if not isinstance(seeds, Tensor):
-        seeds = np.asarray(seeds)
-        if seeds.dtype.kind not in "iu":
-            raise TypeError(f"seeds: expected integers, got {seeds.dtype}; convert them")
-        seeds = torch.from_numpy(seeds.astype(np.int64)).to(device)
-    if seeds.dtype.is_floating_point or seeds.dtype == torch.bool or seeds.dtype.is_complex:
-        raise TypeError(f"seeds: expected integers, got {seeds.dtype}; convert them with seeds.long()")
-    checks.shaped(seeds, "seeds", sides, "that of the image without channels")
-    checks.same_device(seeds, "seeds", device, "the image")
-    return seeds.long()
+    if isinstance(seeds, Tensor):
+        marks = seeds
+        checks.same_device(marks, "seeds", device, "the image")
+    else:
+        array = np.asarray(seeds)
+        marks = torch.from_numpy(array.astype(np.int64) if array.dtype.kind in "iu" else array).to(device)
+    if marks.is_floating_point() or marks.is_complex() or marks.dtype == torch.bool:
+        raise TypeError(
+            f"seeds: expected integers, got {marks.dtype}; convert them, for example with .long()"
+        )
+    checks.shaped(marks, "seeds", sides, "that of the image without channels")
+    return marks.long()
 
 
 def _spacing(spacing: Sequence[float] | None, dimensions: int) -> list[float]:

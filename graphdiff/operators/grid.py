@@ -9,14 +9,15 @@ from torch import Tensor
 from graphdiff import checks
 from graphdiff.operators.sparse import SparseTransition
 
+
 def grid_transition(image: Tensor, beta: float = 90.0, connectivity: int | None = None) -> SparseTransition:
     r"""The reversible walk between neighbouring pixels that are alike.
 
     .. math:: P_{ij} \propto w_{ij} = \exp(-\beta \lVert I_i - I_j \rVert^2)
 
-    Node `r * W + c` is the pixel in row r and column c, node `(z * H + r) * W + c` a voxel. Rows are normalised
-    in the log domain, so that a walk leaves even a pixel that is like none of its neighbours; an image of one
-    pixel stays where it is.
+    Node `r * W + c` is the pixel in row r and column c; in a volume `(z * H + r) * W + c`. Rows are
+    normalised in the log domain, so that a walk leaves even a pixel that is like none of its neighbours; an
+    image of one pixel stays where it is.
 
     Args:
         image: I, shape [C, H, W] or [C, D, H, W], taken as given: for colours between 0 and 1 the default of

@@ -1,4 +1,4 @@
-"""(I − MP) x = b by conjugate gradients on D M⁻¹(I − MP), preconditioned by a cycle of algebraic multigrid."""
+"""(I − MP) x = b by conjugate gradients on D M⁻¹(I − MP), preconditioned by algebraic multigrid."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from graphdiff.operators.base import Transition
 from graphdiff.solvers.base import Iterate, Solver, carry_on, check_reversible, inner, residual_bound
 from graphdiff.solvers.cg import CG
 
-# A cycle gains a digit in a few steps; a bound not halved by this many is in the hands of rounding.
+# A cycle gains a digit in a few steps; an error not halved by this many is in the hands of rounding.
 PATIENCE = 60
 # log d − max log d that still counts.
 LEAST = -600.0
@@ -19,7 +19,10 @@ COARSEST = 200
 
 
 class Hierarchy(NamedTuple):
-    """The operator, µ, log d − max log d [N, 1], and a cycle for each µ, in the order of its channels."""
+    """The operator, µ, log d − max log d [N, 1] of the walk that is no transpose, and cycles.
+
+    There is one for each µ, in the order of its leading dimensions and channels.
+    """
 
     operator: Transition
     mu: Tensor
@@ -44,19 +47,22 @@ class Multigrid(Solver):
         >>> path = torch.stack([torch.arange(999), torch.arange(1, 1000)])
         >>> P = gd.SparseTransition.from_edge_index(path, undirected=True, dtype=torch.float64)
         >>> s = torch.eye(1000, dtype=torch.float64)[0]
-        >>> sol = gd.solve(P, s, mu=0.999999, solver=gd.solvers.Multigrid())  # doctest: +SKIP
+        >>> gd.solve(P, s, mu=0.999, solver=gd.solvers.Multigrid()).solver  # doctest: +SKIP
+        'Multigrid()'
     """
 
     def prepare(self, operator: Transition, mu: Tensor) -> Hierarchy:
         """Coarser and coarser copies of the matrix, for each µ."""
+        if operator.stochastic == "columns":
+            return self.transposed(self.prepare(operator.T, mu))
         log_degree = check_reversible(operator, "Multigrid").unsqueeze(-1)
-        if not operator.sparse or operator.device.type != "cpu" or mu.ndim > 2:
+        if not operator.sparse or operator.device.type != "cpu":
             raise ValueError(
-                f"solver: Multigrid needs one sparse walk on the CPU, got {operator}; use CG(), Chebyshev() or "
+                f"solver: Multigrid needs a sparse walk on the CPU, got {operator}; use CG(), Chebyshev() or "
                 "Direct()"
             )
         log_weight = log_degree - log_degree.amax(-2, keepdim=True)
-        cycles = [_cycle(operator, log_weight, mu[:, k : k + 1]) for k in range(mu.shape[-1])]
+        cycles = [_cycle(operator, log_weight, m) for m in mu.mT.reshape(-1, mu.shape[-2])]
         return Hierarchy(operator, mu, log_weight, cycles)
 
     def transposed(self, state: Hierarchy) -> Hierarchy:
@@ -82,13 +88,16 @@ class Multigrid(Solver):
         steps = torch.zeros(*b.shape[:-2], 1, b.shape[-1], dtype=torch.int64)
         active = bound > goal
         active = active if max_steps is None else active & (max_steps > 0)
-        halved_at, halved = steps, bound
+        halved_at, halved = steps, torch.full_like(bound, torch.inf)
         direction, square = torch.zeros_like(b), torch.zeros_like(bound)
         while bool(active.any()):
-            cycled = _cycled(state.cycles, into * residual, active)
+            cycled = _cycled(state, into * residual, active)
             following = inner(one, into * residual, cycled)
             direction = cycled + torch.where(square > 0, following / square, 0.0) * direction
             square = following
+            # The error in the norm of S falls more steadily than the bound.
+            halves = square < 0.25 * halved
+            halved_at, halved = torch.where(halves, steps, halved_at), torch.where(halves, square, halved)
             moved = out_of * direction
             image = moved - mu * operator.matmul(moved)
             curvature = inner(one, direction, into * image)
@@ -99,8 +108,6 @@ class Multigrid(Solver):
             residual = residual - step * image
             steps = steps + active
             bound = torch.where(active, residual_bound(operator, mu, residual), bound)
-            halves = bound < 0.5 * halved
-            halved_at, halved = torch.where(halves, steps, halved_at), torch.where(halves, bound, halved)
             active = active & (bound > goal) & (steps - halved_at < PATIENCE)
             active = active if max_steps is None else active & (steps < max_steps)
         counts = steps.squeeze(-2)
@@ -115,12 +122,12 @@ def _cycle(operator: Transition, log_weight: Tensor, mu: Tensor) -> Any:
         import pyamg
     except ImportError as error:
         raise ImportError(
-            "solver: Multigrid needs pyamg, which is not installed; install graphdiff[multigrid], or use CG() "
-            "or Direct()"
+            "solver: Multigrid needs pyamg, which is not installed; install graphdiff[multigrid], or use "
+            "CG() or Direct()"
         ) from error
     from scipy import sparse
 
-    mu = mu.double().expand_as(log_weight).squeeze(-1)
+    mu = mu.double().expand(len(log_weight))
     # Beyond this a node's row would vanish beside the others.
     degree = log_weight.double().squeeze(-1).clamp(min=LEAST).exp()
     free = mu > 0
@@ -133,11 +140,13 @@ def _cycle(operator: Transition, log_weight: Tensor, mu: Tensor) -> Any:
     return hierarchy.aspreconditioner(cycle="V")
 
 
-def _cycled(cycles: list[Any], b: Tensor, active: Tensor) -> Tensor:
+def _cycled(state: Hierarchy, b: Tensor, active: Tensor) -> Tensor:
     """One cycle for every active column, each on its own."""
-    x = torch.zeros_like(b)
-    active = active.squeeze(-2)
-    for place in active.nonzero().tolist():
-        at = (*place[:-1], slice(None), place[-1])
-        x[at] = torch.from_numpy(cycles[place[-1] % len(cycles)] @ b[at].contiguous().numpy())
+    mu, x = state.mu, torch.zeros_like(b)
+    which = torch.arange(len(state.cycles)).reshape(*mu.shape[:-2], mu.shape[-1])
+    which = which.expand(*b.shape[:-2], b.shape[-1])
+    for *lead, channel in active.squeeze(-2).nonzero().tolist():
+        cycle = state.cycles[int(which[(*lead, channel)])]
+        column = (*lead, slice(None), channel)
+        x[column] = torch.from_numpy(cycle @ b[column].contiguous().numpy())
     return x
