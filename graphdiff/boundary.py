@@ -32,7 +32,7 @@ from graphdiff.operators.grid import grid_walk
 from graphdiff.operators.sparse import SparseTransition
 from graphdiff.solution import Solution
 from graphdiff.solvers.auto import Auto, chosen
-from graphdiff.solvers.base import Iterate, Solver
+from graphdiff.solvers.base import MAX_REFINEMENTS, Iterate, Solver
 from graphdiff.solvers.direct import Direct
 from graphdiff.solvers.multigrid import Multigrid
 
@@ -370,11 +370,24 @@ def _solve(call: Call, problem: _Problem, given: Tensor, guess: Tensor, atol: Te
         operator, mu = problem.system(weight.mu())
         state = _prepared(solver, operator, mu, state)
         start = torch.where(clamped, given, guess)
-        missing, _ = problem.defect(start)
-        limit = None if call.max_steps is None else torch.full_like(atol, call.max_steps, dtype=torch.int64)
-        first = solver.solve(state, missing, torch.zeros_like(missing), 0.5 * atol, limit)
-        start = start + free * first.x
-        start = torch.where(start.isfinite(), start, guess).clamp(low, high)
+        steps = matvecs = torch.zeros_like(atol.squeeze(-2), dtype=torch.int64)
+        known = torch.full_like(atol, torch.inf)
+        for attempt in range(1 + MAX_REFINEMENTS):
+            missing, _ = problem.defect(start)
+            bound = weight.bound(missing).amax(-2, keepdim=True)
+            # As in `solve_certified`: where the bound is no longer halved, rounding has taken over.
+            pending = (bound > 0.6 * atol) & ((bound < 0.5 * known) | (attempt == 0))
+            left = None if call.max_steps is None else call.max_steps - steps.unsqueeze(-2)
+            pending = pending if left is None else pending & (left > 0)
+            if not bool(pending.any()):
+                break
+            known = bound
+            found = solver.solve(state, missing, torch.zeros_like(missing), 0.5 * atol, left)
+            better = start + free * found.x
+            better = torch.where(better.isfinite(), better, start).clamp(low, high)
+            start = torch.where(pending, better, start)
+            steps = steps + torch.where(pending.squeeze(-2), found.steps, 0)
+            matvecs = matvecs + torch.where(pending.squeeze(-2), found.matvecs, 0)
     u = torch.where(clamped, given, start)
     missing, slack = problem.defect(u)
     rounded = weight.bound(slack)
@@ -402,8 +415,8 @@ def _solve(call: Call, problem: _Problem, given: Tensor, guess: Tensor, atol: Te
     return _Found(
         corrected,
         torch.where(clamped, 0.0, error),
-        spent.steps + first.steps + answer.steps,
-        spent.matvecs + first.matvecs + answer.matvecs,
+        spent.steps + steps + answer.steps,
+        spent.matvecs + matvecs + answer.matvecs,
         weight.told(),
     )
 
