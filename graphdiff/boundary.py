@@ -162,7 +162,9 @@ def harmonic(
     call = Call(P, method, tol, max_steps, on_failure)
     found = _solve(call, problem, given, guess, atol)
 
-    value = found.u.to(P.dtype)
+    # Half precision is promised before its last cast, as by `solve`.
+    held = torch.promote_types(P.dtype, torch.float32)
+    value = found.u.to(held)
     error = found.error + (value.detach().to(wide) - found.u.detach()).abs()
     # However bad the answer is, the exact one lies between the clamped values.
     error = torch.minimum(error, torch.maximum((value.detach() - low).abs(), (value.detach() - high).abs()))
@@ -181,9 +183,9 @@ def harmonic(
         return x.squeeze(-1) if values.ndim == 1 else x
 
     solution = Solution(
-        value=as_given(value),
-        lower=as_given(_outward(torch.maximum(value.detach() - error, low), P.dtype, -torch.inf)),
-        upper=as_given(_outward(torch.minimum(value.detach() + error, high), P.dtype, torch.inf)),
+        value=as_given(value.to(P.dtype)),
+        lower=as_given(_outward(torch.maximum(value.detach() - error, low), held, -torch.inf)),
+        upper=as_given(_outward(torch.minimum(value.detach() + error, high), held, torch.inf)),
         error_bound=as_given(error_bound.squeeze(-2)),
         converged=as_given(converged.squeeze(-2)),
         steps=as_given(found.steps),
@@ -339,8 +341,11 @@ class _Weight(NamedTuple):
     @classmethod
     def of(cls, t: Tensor, w: Tensor, clamped: Tensor, certain: Tensor) -> "_Weight":
         """Scaled to a largest v of 1, and rounded so that w remains a lower bound."""
+        eps = torch.finfo(t.dtype).eps
         largest = torch.where(certain, t, 1.0).amax(-2, keepdim=True).clamp(min=torch.finfo(t.dtype).tiny)
-        w = w / largest * (1 - 4 * torch.finfo(t.dtype).eps)
+        w = w / largest * (1 - 4 * eps)
+        # Smaller ones are lost in 1 − w.
+        certain = certain & ((w >= 4 * eps) | clamped).all(-2, keepdim=True)
         certain_w = torch.where(certain, w, 0.0).masked_fill(clamped, 1.0)
         return cls(torch.where(certain, t / largest, 1.0), certain_w, certain, t)
 
@@ -588,12 +593,12 @@ def random_walker(
 
     Example:
         >>> import torch, graphdiff as gd
-        >>> image = torch.tensor([[0.0, 0.1, 0.9, 1.0]])
-        >>> found = gd.random_walker(image, torch.tensor([[1, 0, 0, 2]]))
+        >>> image = torch.tensor([[0.0, 0.3, 0.7, 1.0]], dtype=torch.float64)
+        >>> found = gd.random_walker(image, torch.tensor([[1, 0, 0, 2]]), beta=20)
         >>> found.labels
         tensor([[1, 1, 2, 2]])
         >>> found.probability[0]
-        tensor([[1.0000, 0.9999, 0.0001, 0.0000]], dtype=torch.float64)
+        tensor([[1.0000, 0.7097, 0.2903, 0.0000]], dtype=torch.float64)
     """
     pixels = _pixels(image, channel_axis)
     sides = pixels.shape[1:]

@@ -21,7 +21,7 @@ GSC = (
     Path(os.environ.get("GRAPHDIFF_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")) / "gsc151"
 )
 # Walks that stay where they are with a chance so near to 1 that the rest is lost in the product.
-STUCK = {"sharp attention", "hub attention"}
+STUCK = {"sharp attention", "hub attention", "scaled attention"}
 # Walks that meet a clamped node after a few steps: plain walking takes many times as many.
 QUICK = {"directed", "symmetric", "star", "sparse star", "sparse directed", "disconnected", "flat attention"}
 # Graphs that fall apart need a clamped node in every part.
@@ -62,7 +62,7 @@ def fits(solver, name, P):
 # --- mathematics
 
 
-@settings(max_examples=150)
+@settings(max_examples=120)
 @given(clamped(), st.sampled_from(list(SOLVERS)), st.sampled_from([torch.float64, torch.float32]))
 def test_the_promise_and_the_enclosure(problem, solver, dtype):
     name, leaf, values, mask = problem
@@ -88,14 +88,14 @@ def test_the_promise_and_the_enclosure(problem, solver, dtype):
     assert (sol.upper <= inside.amax(-2, keepdim=True)).all()
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(clamped(tuple(name for name in OPERATORS if name not in STUCK)))
 def test_harmonic_functions_are_linear_keep_constants_and_obey_the_maximum_principle(problem):
     name, leaf, values, mask = problem
     P = OPERATORS[name].build(leaf)
     u, ones = gd.harmonic(P, values, mask).value, torch.ones_like(values)
     size = values[..., mask, :].abs().amax()
-    torch.testing.assert_close(gd.harmonic(P, 3 * ones, mask).value, 3 * ones, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gd.harmonic(P, 3 * ones, mask).value, 3 * ones, rtol=0, atol=3e-10)
     shifted = gd.harmonic(P, 2 * values + size * ones, mask).value
     torch.testing.assert_close(shifted, 2 * u + size * ones, rtol=0, atol=1e-9 * float(size))
     # Averaged over the walk it is itself.
@@ -218,6 +218,19 @@ def test_batches_and_columns_do_not_change_a_bit():
         alone = gd.harmonic(P, values[0], masks[b], solver=gd.solvers.CG())
         assert torch.equal(many.value[b], alone.value)
         assert torch.equal(many.steps[b], alone.steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_promised_before_its_last_cast(dtype):
+    W = torch.rand(8, 8, generator=torch.Generator().manual_seed(4))
+    P = gd.DenseTransition.from_affinity(W).to(dtype)
+    values, mask = torch.linspace(-1, 2, 8).to(dtype), torch.arange(8) % 3 == 0
+    sol = gd.harmonic(P, values, mask)
+    exact = oracle(P.P, values.unsqueeze(-1), mask).squeeze(-1)
+    assert sol.converged
+    assert sol.value.dtype == dtype
+    assert ((sol.lower <= exact + 1e-12) & (exact <= sol.upper + 1e-12)).all()
+    assert (sol.value.double() - exact).abs().max() <= 2 * torch.finfo(dtype).eps
 
 
 def test_all_clamped_none_wrong():
