@@ -37,7 +37,7 @@ docs: $(STAMP) ## build the documentation into build/docs, strictly
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m mkdocs build
 
-bench: $(STAMP) ## print the tables of docs/benchmarks.md (half an hour, idle machine; GRAPHS=folder of .npz graphs, VOC=folder in its layout)
+bench: $(STAMP) ## print the tables of docs/benchmarks.md (half an hour, idle machine; GRAPHS=folder of .npz graphs, SEEDED=folder of images with seeds, VOC=folder in its layout)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/certificates.py
 	$(if $(GRAPHS),$(BIN)/python benchmarks/labels.py --data $(GRAPHS))
@@ -46,6 +46,7 @@ bench: $(STAMP) ## print the tables of docs/benchmarks.md (half an hour, idle ma
 	$(BIN)/python benchmarks/top_k.py $(if $(GRAPHS),--data $(GRAPHS))
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/attention.py
+	$(if $(SEEDED),$(BIN)/python benchmarks/random_walker.py --data $(SEEDED))
 	$(if $(VOC),$(BIN)/python benchmarks/loading.py --data-path $(VOC))
 
 clean: ## remove the virtual environment and what the tools left

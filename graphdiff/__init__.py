@@ -6,6 +6,7 @@
 """
 
 from graphdiff import nn, operators, solvers
+from graphdiff.boundary import harmonic, random_walker
 from graphdiff.diffusion import diffuse, solve, solve_path
 from graphdiff.energy import energy, minimize_energy, solve_symmetric
 from graphdiff.estimate import Estimate, estimate
@@ -43,12 +44,14 @@ __all__ = [
     "energy",
     "estimate",
     "grid_transition",
+    "harmonic",
     "heat_kernel",
     "minimize_energy",
     "nn",
     "operators",
     "pagerank",
     "polynomial",
+    "random_walker",
     "solve",
     "solve_path",
     "solve_symmetric",

@@ -289,6 +289,17 @@ def node_numbers(x: Tensor, name: str, nodes: int) -> None:
         )
 
 
+def clamped_nodes(x: object, nodes: int, name: str) -> Tensor:
+    """`x`, if it is bool, [..., N]."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}; use torch.as_tensor")
+    if x.dtype != torch.bool:
+        raise TypeError(f"{name}: expected a bool tensor, got {x.dtype}; compare it, as in {name} > 0")
+    if x.ndim == 0 or x.shape[-1] != nodes:
+        raise ValueError(f"{name}: expected shape [..., N] with N = {nodes} nodes, got {shape_text(x)}")
+    return x
+
+
 def shaped(x: Tensor, name: str, shape: Sequence[int], meaning: str) -> None:
     """`x` has exactly this shape."""
     if tuple(x.shape) != tuple(shape):

@@ -130,13 +130,7 @@ def solve_scaled(
         checks.finite(tensor, f"the tensors of {type(P).__name__}")
     mu = checks.mu(mu, signal.shape, P.device)
     tol = checks.positive_number(tol, "tol") if tol is not None else default_tol(s.dtype)
-    if max_steps is not None:
-        checks.positive_integer(max_steps, "max_steps")
-    if max_seconds is not None:
-        checks.positive_number(max_seconds, "max_seconds")
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress: expected a function of one Progress, got {type(progress).__name__}")
-    budget = Budget(max_steps, max_seconds, progress)
+    budget = Budget.checked(max_steps, max_seconds, progress)
     batch = checks.broadcast_batch([P.shape[:-2], signal.shape[:-2], mu.shape[:-2]], "P, s and mu")
     shape = (*batch, *signal.shape[-2:])
     if initial is not None:

@@ -6,8 +6,9 @@ from graphdiff.solvers.bicgstab import BiCGSTAB
 from graphdiff.solvers.cg import CG
 from graphdiff.solvers.chebyshev import Chebyshev
 from graphdiff.solvers.direct import Direct
+from graphdiff.solvers.multigrid import Multigrid
 from graphdiff.solvers.push import Push
 from graphdiff.solvers.shifted import Shifted
 from graphdiff.solvers.walk import Walk
 
-__all__ = ["CG", "Auto", "BiCGSTAB", "Chebyshev", "Direct", "Push", "Shifted", "Solver", "Walk"]
+__all__ = ["CG", "Auto", "BiCGSTAB", "Chebyshev", "Direct", "Multigrid", "Push", "Shifted", "Solver", "Walk"]

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from graphdiff import checks
 from graphdiff.operators.base import Transition
 from graphdiff.solution import Norm, Progress
 
@@ -53,6 +54,26 @@ class Budget:
     began: float = field(default_factory=lambda: time.monotonic())
     timed_out: bool = False
     """Whether it ended a solve that would have gone on."""
+
+    @classmethod
+    def checked(
+        cls,
+        max_steps: int | None,
+        max_seconds: float | None,
+        progress: Callable[[Progress], object] | None,
+    ) -> "Budget":
+        """What a caller gave."""
+        if max_steps is not None:
+            checks.positive_integer(max_steps, "max_steps")
+        if max_seconds is not None:
+            checks.positive_number(max_seconds, "max_seconds")
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress: expected a function of one Progress, got {type(progress).__name__}")
+        return cls(max_steps, max_seconds, progress)
+
+    def left(self, steps: Tensor) -> "Limits":
+        """What a solver may still take after so many steps, [..., K]."""
+        return Limits(None if self.max_steps is None else self.max_steps - steps.unsqueeze(-2), self)
 
     def again(self) -> "Budget":
         """The same for another solve."""
@@ -284,9 +305,8 @@ def solve_certified(
     for attempt in range(1 + MAX_REFINEMENTS):
         if not bool(pending.any()):
             break
-        left = None if budget.max_steps is None else budget.max_steps - steps.unsqueeze(-2)
         b, guess, goal = (t.to(operator.dtype) for t in (correction, initial, target))
-        found = solver.solve(state, b, guess, goal, Limits(left, budget))
+        found = solver.solve(state, b, guess, goal, budget.left(steps))
         steps = steps + torch.where(pending.squeeze(-2), found.steps, 0)
         best.matvecs = best.matvecs + torch.where(pending.squeeze(-2), found.matvecs, 0)
         candidate, before = best.x + found.x.to(rhs.dtype), best.bound

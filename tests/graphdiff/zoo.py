@@ -3,6 +3,7 @@
 A new operator or solver is one line here.
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -222,13 +223,15 @@ SOLVERS: dict[str, gd.solvers.Solver | gd.solvers.Auto] = {
     "Push": gd.solvers.Push(),
     "Auto": gd.solvers.Auto(),
 }
+if importlib.util.find_spec("pyamg"):  # else test_boundary.py skips a test that says so
+    SOLVERS["Multigrid"] = gd.solvers.Multigrid()
 
 
 def applies(solver: gd.solvers.Solver | gd.solvers.Auto, P: gd.Transition) -> bool:
-    """Whether the solver is for such walks: two need reversible ones, one sparse ones, and say so."""
-    if isinstance(solver, gd.solvers.Push):
-        return P.sparse
-    return P.reversible or not isinstance(solver, gd.solvers.CG | gd.solvers.Chebyshev)
+    """Whether the solver is for such walks: some need reversible ones, some sparse ones, and say so."""
+    if isinstance(solver, gd.solvers.Multigrid | gd.solvers.Push) and not P.sparse:
+        return False
+    return P.reversible or not isinstance(solver, gd.solvers.CG | gd.solvers.Chebyshev | gd.solvers.Multigrid)
 
 
 def oracle(P: Tensor, s: Tensor, mu: float | Tensor) -> Tensor:
