@@ -53,8 +53,7 @@ class Shifted(Solver):
         >>> s = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
         >>> mu = torch.tensor([0.5, 0.99], dtype=torch.float64).reshape(2, 1, 1)
         >>> gd.solve(P, s, mu, solver=gd.solvers.Shifted()).matvecs
-        tensor([[1],
-                [4]])
+        tensor([1, 4])
     """
 
     def prepare(self, operator: Transition, mu: Tensor) -> Weighted | Problem:

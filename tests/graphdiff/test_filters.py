@@ -168,6 +168,8 @@ def test_errors_of_products_add_up_in_the_bound(claimed, t):
         sol = gd.polynomial(Drifting(ring(40), claimed), s, [0.0, 0.1, 0.2, 0.7], basis, tol=1e-3)
         exact = float(evaluated(ring(40).dense(), s, [0.0, 0.1, 0.2, 0.7], basis)[0, 0])
         assert 1e-7 < float((sol.value - exact).abs().max()) <= float(sol.error_bound) < 1e-4
+    half = gd.polynomial(Drifting(ring(40), claimed), s, [0.0, 1.0], "bernstein", tol=1e-3)
+    assert 0.4 * Drifting.OFF < float(half.value.abs().max()) <= float(half.error_bound)
 
 
 @pytest.mark.parametrize(("t", "channel"), [(1e4, 0), (1e5, 1)])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -83,6 +83,7 @@ def signal(P, channels=2, seed=5):
 # --- mathematics
 
 
+@settings(max_examples=40)
 @given(
     problem=problems(),
     mus=st.lists(st.sampled_from([0.0, 1e-12, 0.2, 0.5, 0.85, 0.99]), min_size=1, max_size=4),
