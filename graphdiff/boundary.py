@@ -245,6 +245,16 @@ class _Inside(Transition):
         """The same of the transposed product."""
         return 4 * self.walk.transposed_rounding(dtype) + 12 * torch.finfo(dtype).eps
 
+    def neighbours(self, index: Tensor | Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Every step of Q out of some nodes."""
+        if not self.sparse:
+            return super().neighbours(index)
+        index = self._row_index(index)
+        position, node, weight = self.walk.neighbours(index)
+        start, free = index[position], self.free.squeeze(-1)
+        weight = weight * free[start] * free[node] / (self.sums * self.mu).squeeze(-1)[start]
+        return position, node, weight
+
     def to_scipy(self) -> Any:
         """Q as a `scipy.sparse.csr_array`."""
         from scipy import sparse
