@@ -14,8 +14,8 @@ class Factors(NamedTuple):
     """LU factors of A = I − MP.
 
     Dense: `lu` [..., 1 or K, N, N] and `pivots` of Aᵀ; a µ per channel needs a matrix per channel.
-    Sparse: `lu` is a list of scipy's factorisations of A, one for each µ in the order of its leading dimensions
-    and channels.
+    Sparse: `lu` is a list of scipy's factorisations of A, one for each µ in the order of its leading
+    dimensions and channels.
     """
 
     lu: Any
