@@ -88,12 +88,6 @@ def real(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask.unsqueeze(-1), x, 0.0)
 
 
-def padded_with_largest(log_degree: Tensor, mask: Tensor) -> Tensor:
-    """Log-degrees [..., N]; a padded node may have any, and the largest of the others hides none of them."""
-    largest = log_degree.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
-    return torch.where(mask, log_degree, largest.nan_to_num(neginf=0.0))
-
-
 def square(x: Tensor, name: str) -> None:
     """`x` is [..., N, N] with N ≥ 1."""
     if x.ndim < 2 or x.shape[-1] != x.shape[-2] or x.shape[-1] == 0:

@@ -82,10 +82,13 @@ class AttentionTransition(Transition):
 
     @property
     def log_degree(self) -> Tensor:
-        """The log-sum-exp of each row of scale · ψψᵀ, [..., N], differentiable."""
+        """The log-sum-exp of each row of scale · ψψᵀ, [..., N], differentiable.
+
+        A padded node may have any; with its ψ = 0 it has the log of the number of real ones, which is not
+        above the largest of theirs.
+        """
         nothing = self.psi.new_zeros(*self.psi.shape[:-1], 1)
-        log_degree = attention(*self._query_key(), nothing)[1]
-        return log_degree if self.mask is None else checks.padded_with_largest(log_degree, self.mask)
+        return attention(*self._query_key(), nothing)[1]
 
     def _query_key(self) -> tuple[Tensor, Tensor]:
         """Queries and keys; with a mask each is one longer, which adds NEVER to what leads to padding."""

@@ -98,7 +98,9 @@ class DenseTransition(Transition):
         symmetric = torch.equal(W, W.mT)
         log_degree = (degree.log() + largest.log()).squeeze(-1) if symmetric else None
         if log_degree is not None and mask is not None:
-            log_degree = checks.padded_with_largest(log_degree, mask)
+            # A padded node may have any degree; the largest of the others hides none of them.
+            largest = log_degree.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
+            log_degree = torch.where(mask, log_degree, largest.nan_to_num(neginf=0.0))
         return cls(scaled / degree, log_degree=log_degree, mask=mask)
 
     @property

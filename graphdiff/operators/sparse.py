@@ -405,13 +405,14 @@ class SparseTransition(Transition):
 
         nodes, points = len(x), x.to(checks.widest(x.device))
         i, j = nearest_pairs(points.detach(), k)
+        if nodes == 1:
+            i = j = torch.zeros(1, dtype=torch.int64, device=x.device)
         unlike = ((points.index_select(0, i) - points.index_select(0, j)) / bandwidth).square().sum(-1) / 2
         # Infinitely far from every neighbour is equally far from all.
         logits = (-unlike).clamp(min=torch.finfo(unlike.dtype).min)
-        source, target, logits = torch.cat([i, j]), torch.cat([j, i]), torch.cat([logits, logits])
-        if nodes == 1:
-            source = target = torch.zeros(1, dtype=torch.int64, device=x.device)
-            logits = points.new_zeros(1)
+        source, target = i, j
+        if nodes > 1:
+            source, target, logits = torch.cat([i, j]), torch.cat([j, i]), torch.cat([logits, logits])
         order = (source * nodes + target).argsort()
         source, target, logits = source[order], target[order], logits.index_select(0, order)
         largest = logits.new_full((nodes,), -torch.inf).scatter_reduce(0, source, logits.detach(), "amax")

@@ -109,6 +109,10 @@ def test_a_signal_with_garbage_at_padded_nodes_keeps_it_there(name):
         product = walk @ case.s
         assert product[~case.mask].isnan().all()
         assert product[case.mask].isfinite().all()
+    P = case.P.with_tensors([x.requires_grad_() for x in case.P.tensors()])
+    product, gradients = P.vjp(case.s, case.s)
+    assert product[case.mask].isfinite().all()
+    assert gradients[0].isfinite().all()
 
 
 def test_to_and_rebuilding_keep_the_mask():
