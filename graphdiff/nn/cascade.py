@@ -296,7 +296,6 @@ class CascadedWalk(nn.Module):
             features: T maps [B, C_t, H_t, W_t] with a seed that is a map; T node features [B, N, C_t] with
                 a seed of node values; or T ready transitions with either.
             return_walks: Return the output of every walk too.
-
             mask: Which nodes are real where graphs of different sizes are padded, bool [B, N], with node
                 features and values; all if None. What stands at the others does not count, not in batch
                 norm either; y is 0 there. Ready walks bring their own mask.

@@ -148,7 +148,6 @@ class Diffusion(nn.Module):
             features: T maps [B, C_t, H_t, W_t] with a seed that is a map; T node features [B, N, C_t] with
                 a seed of node values; or one ready transition, in a list, with either.
             return_walks: Return the list of the one output too, as a cascade returns those of its walks.
-
             mask: Which nodes are real where graphs of different sizes are padded, bool [B, N], with node
                 features and values; all if None. What stands at the others does not count, not in batch
                 norm either; y is 0 there. Ready walks bring their own mask.
