@@ -169,8 +169,9 @@ def _lanczos(P: Transition, log_degree: Tensor, mu: float) -> tuple[Tensor, Tens
                 T = T + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
             values, vectors = torch.linalg.eigh(T)
             high, low = values[..., -1].clamp(-1, 1), values[..., 0].clamp(-1, 1)
-            uncertainty = beta[..., 0, 0] * vectors[..., -1, -1].abs()
-            if last or bool((mu * uncertainty < 0.01 * (1 - mu * high)).all()):
+            low_uncertainty, uncertainty = (beta[..., 0, 0] * vectors[..., -1, end].abs() for end in (0, -1))
+            known = (mu * uncertainty < 0.01 * (1 - mu * high)) & (low_uncertainty < 0.01)
+            if last or bool(known.all()):
                 return high, low, uncertainty, used
         beside.append(beta[..., 0, 0])
 
