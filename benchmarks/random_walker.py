@@ -8,7 +8,7 @@ on each image; the last column is the median over the images of its time over th
 in the same turn. mIoU is the mean of the two classes' intersection over union of all images' counts,
 undecided pixels left out.
 
-    python benchmarks/random_walker.py --data FOLDER [--every 7]
+    python benchmarks/random_walker.py --data FOLDER [--every N] [--slow]
 
 needs the extra [bench].
 """
@@ -47,13 +47,16 @@ def theirs(image, seeds, **options):
 METHODS = (
     ("scikit-image bf (exact)", theirs, {"mode": "bf"}),
     ("scikit-image, default (cg_j, tol 1e-3)", theirs, {}),
-    (f"scikit-image cg_j, tol {TIGHT:g}", theirs, {"mode": "cg_j", "tol": TIGHT}),
     (f"scikit-image cg_mg, tol {TIGHT:g}", theirs, {"mode": "cg_mg", "tol": TIGHT}),
     ("graphdiff, default (Direct, tol 1e-6)", ours, {}),
     ("graphdiff, Direct, tol 1e-8", ours, {"solver": gd.solvers.Direct(), "tol": 1e-8}),
-    ("graphdiff, Multigrid, tol 1e-6", ours, {"solver": gd.solvers.Multigrid()}),
 )
-SLOW = (("graphdiff, CG, tol 1e-6", ours, {"solver": gd.solvers.CG()}),)
+# Those whose steps grow with the longest time to a seed: minutes on some images.
+SLOW = (
+    (f"scikit-image cg_j, tol {TIGHT:g}", theirs, {"mode": "cg_j", "tol": TIGHT}),
+    ("graphdiff, Multigrid, tol 1e-6", ours, {"solver": gd.solvers.Multigrid()}),
+    ("graphdiff, CG, tol 1e-6", ours, {"solver": gd.solvers.CG()}),
+)
 
 
 class Tally:
@@ -95,7 +98,7 @@ def main():
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="images/, seeds/ and masks/")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth image")
-    parser.add_argument("--slow", action="store_true", help="our CG too, which takes minutes on some images")
+    parser.add_argument("--slow", action="store_true", help="iterative methods at tight tolerances too")
     options = parser.parse_args()
     files = sorted((options.data / "images").glob("*.jpg"))[:: options.every]
     if not files:

@@ -76,9 +76,10 @@ def grid_walk(
     steps = torch.tensor(_steps(len(sides), connectivity), device=device)
     nodes = sides.numel()
     node = torch.arange(nodes, device=device)
-    places = torch.stack(torch.unravel_index(node, sides), -1).unsqueeze(1) + steps
-    inside = ((places >= 0) & (places < torch.tensor(sides, device=device))).all(-1)
     strides = torch.tensor([sides[i + 1 :].numel() for i in range(len(sides))], device=device)
+    ends = torch.tensor(sides, device=device)
+    places = (node.unsqueeze(-1) // strides % ends).unsqueeze(1) + steps
+    inside = ((places >= 0) & (places < ends)).all(-1)
     target = torch.where(inside, (places * strides).sum(-1), 0)
     if kept is not None:
         inside = inside & kept.unsqueeze(-1) & kept[target]

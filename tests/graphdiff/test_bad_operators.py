@@ -197,7 +197,7 @@ def test_networkx_graphs():
         (
             {"image": torch.rand(4, 4)},
             ValueError,
-            r"image: expected shape \[C, H, W\], not empty, got \[4, 4\]",
+            r"image: expected shape \[C, H, W\] or \[C, D, H, W\], not empty, got \[4, 4\]",
         ),
         ({"image": torch.rand(3, 0, 4)}, ValueError, r"not empty, got \[3, 0, 4\]"),
         ({"image": torch.ones(3, 4, 4, dtype=torch.uint8)}, TypeError, r"image: .* image.float\(\)"),

@@ -433,6 +433,24 @@ def test_random_walker_equals_the_definition(case):
     assert found.labels.shape == seeds.shape
 
 
+@pytest.mark.parametrize("connectivity", [6, 26])
+def test_volumes_are_grids_too(connectivity):
+    sides = (3, 2, 4)
+    image = torch.rand(2, *sides, generator=torch.Generator().manual_seed(6), **f64)
+    place = torch.tensor(list(np.ndindex(*sides)))
+    apart = (place.unsqueeze(1) - place).abs()
+    near = apart.sum(-1) == 1 if connectivity == 6 else apart.amax(-1) == 1
+    pixels = image.flatten(1)
+    W = torch.exp(-3.0 * (pixels.unsqueeze(-1) - pixels.unsqueeze(1)).square().sum(0)) * near
+    P = gd.grid_transition(image, 3.0, connectivity)
+    torch.testing.assert_close(P.dense(), W / W.sum(-1, keepdim=True))
+    torch.testing.assert_close(P.log_degree, W.sum(-1).log())
+    if connectivity == 6:
+        assert torch.equal(P.dense(), gd.grid_transition(image, 3.0).dense())
+    with pytest.raises(ValueError, match="connectivity: expected 6 or 26, got 4"):
+        gd.grid_transition(image, connectivity=4)
+
+
 def test_random_walker_of_a_tensor_is_differentiable():
     image, seeds, _ = picture("grey")
     seeds = torch.from_numpy(seeds)

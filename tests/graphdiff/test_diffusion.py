@@ -395,7 +395,7 @@ def test_the_enclosure_is_narrower_than_the_bound_where_a_walk_moves_little(solv
     g = torch.Generator().manual_seed(3)
     P = gd.AttentionTransition(torch.randn(40, 3, generator=g, dtype=torch.float64))
     if not applies(solver, P):
-        pytest.skip("not for dense walks")
+        pytest.skip(f"{solver} is not for attention")
     s = torch.randn(40, 2, generator=g, dtype=torch.float64)
     mu = torch.linspace(0.05, 0.95, 40, dtype=torch.float64).unsqueeze(-1)
     sol = gd.solve(P, s, mu, solver=solver, tol=1e-3)
