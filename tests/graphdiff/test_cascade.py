@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphdiff as gd
+from graphdiff.solvers.base import Budget, Limits
 from tests.graphdiff.zoo import oracle, problems
 
 SIZES = [(48, 50), (6, 7), (3, 4)]  # finer than the seed's grid, equal to it, coarser
@@ -60,9 +61,9 @@ def test_with_one_P_fixed_mu_and_beta_1_a_cascade_is_a_walk(problem, steps):
     model = gd.CascadedWalk(steps=steps, mu=mu, beta=1.0, learn_mu=False, learn_beta=False).double()
     y = model(s, [P] * steps)
     walk, tensor = gd.solvers.Walk(), torch.full((1, 1), mu, dtype=torch.float64)
-    budget = torch.full((2, 1, s.shape[-1]), steps)
+    limits = Limits(torch.full((2, 1, s.shape[-1]), steps), Budget())
     target = torch.full((2, 1, s.shape[-1]), 1e-300, dtype=torch.float64)
-    walked = walk.solve(walk.prepare(P, tensor), (1 - mu) * s, s, target, budget).x
+    walked = walk.solve(walk.prepare(P, tensor), (1 - mu) * s, s, target, limits).x
     size = float(s.abs().max())
     # The cascade's fixed µ is the float32 nearest to it.
     torch.testing.assert_close(y, walked, rtol=0, atol=2e-7 * size)

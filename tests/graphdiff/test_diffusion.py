@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import graphdiff as gd
+from graphdiff.solvers.base import Budget, Limits
 from tests.graphdiff.zoo import OPERATORS, SOLVERS, Problem, applies, oracle, problems, to_the_last_digit
 
 solvers = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
@@ -248,7 +249,7 @@ def test_theory_5_krylov_methods_converge_as_proved(solver, problem, steps):
         never = torch.full((*exact.shape[:-2], 1, exact.shape[-1]), 1e-300, dtype=torch.float64)
         budget = torch.full_like(never, steps, dtype=torch.int64)
         start = s.expand_as(exact)
-        found = solver.solve(solver.prepare(Q, mu), (1 - mu) * start, start, never, budget)
+        found = solver.solve(solver.prepare(Q, mu), (1 - mu) * start, start, never, Limits(budget, Budget()))
         condition = (1 if P.positive_semidefinite else 1 + problem.mu) / (1 - problem.mu)
         rho = (condition**0.5 - 1) / (condition**0.5 + 1)
         allowed = 2 * rho**steps / (1 + rho ** (2 * steps))

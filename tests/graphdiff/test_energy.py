@@ -261,8 +261,8 @@ def test_the_closer_bound_holds_whatever_it_is_made_of():
     """With a v that is no use it bounds nothing, above all not where A v < 0 and all of the residual is."""
 
     class Dented(gd.solvers.Direct):
-        def solve(self, state, rhs, initial, target, max_steps):
-            found = super().solve(state, rhs, initial, target, max_steps)
+        def solve(self, state, rhs, initial, target, limits):
+            found = super().solve(state, rhs, initial, target, limits)
             found.x[..., 39, :] *= 0.2  # of the largest degree: the bound of z hardly sees it
             return found
 
