@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from segmentation.errors import UsageError
 from segmentation.models import DifNet, SimDeepLab
 from segmentation.models.backbone import channels, load_pretrained, network, parts
+from segmentation.models.heads import Importance
 
 PARAMETERS = {
     ("difnet", "resnet18"): 22_807_628,
@@ -48,6 +49,17 @@ def test_fewer_walks_need_fewer_layers():
     assert count("difnet", "resnet18", walks=(0, 1, 2)) < count("difnet", "resnet18") - 10e6
     with torch.device("meta"):
         assert DifNet("resnet18", 21, walks=(0,)).similarity_branch is None
+
+
+@pytest.mark.parametrize("classes", [2, 21, 60])
+def test_importance_starts_near_1_and_learns(classes):
+    torch.manual_seed(0)
+    head = Importance(classes)
+    M = head(torch.randn(4, classes, 17, 17))
+    assert M.shape == (4, 1, 17, 17)
+    assert 0.85 < M.detach().mean() < 0.97
+    M.sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in head.parameters())
 
 
 def test_the_scale_of_the_affinity_reaches_every_walk():
