@@ -154,7 +154,7 @@ def harmonic(
     _check_reachable(P, clamped)
 
     wide = checks.widest(P.device)
-    given = torch.where(clamped, signal.to(wide), 0.0).expand(shape)
+    given = signal.to(wide).expand(shape)
     problem = _Problem(P.to(wide), clamped)
     low, high = problem.range(given.detach())
     atol = tol * torch.maximum(low.abs(), high.abs())
