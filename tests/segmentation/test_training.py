@@ -68,7 +68,7 @@ def same_run(folder, unbroken):
 
 def test_a_run_leaves_what_it_promises(unbroken):
     names = {"config.yaml", "env.json", "metrics.csv", "per_class.csv", "panel.png"}
-    names |= {"best.safetensors", "last.safetensors", "last.ckpt"}
+    names |= {"best.safetensors", "last.safetensors", "last.ckpt", "step-10.ckpt"}
     assert {file.name for file in unbroken.iterdir()} == names
     table = rows(unbroken / "metrics.csv")
     assert [row["step"] for row in table] == ["5", "10", "12"]
