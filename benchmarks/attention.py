@@ -1,101 +1,205 @@
-"""Times one attention walk, softmax(ψψᵀ) y, by both kernels against the plain way; prints a Markdown table.
+"""Attention walks, softmax(ψψᵀ) y and five of them in a cascade, against the plain way; prints tables.
 
-The plain way builds the matrix and lets autograd keep it. All contenders run in turn within each round, so
-that a drifting machine drifts for all; the table gives medians of the ratios of a round. Run it on an idle
-machine: `make bench`.
+The plain way builds the matrix and lets autograd keep it. The limit is the time that the operations of the
+symmetric scheme (graphdiff/operators/strips.py) would take at the machine's own rates of the same run:
+
+    forward    N²/2 · (2d + 4(K + 1)) operations of products, N²/2 exponentials
+    backward   N²/2 · (2d + 4(K + 1) + 4d + 4K) and N²/2 besides
+
+Memory is the peak of a process of its own above inputs, outputs and gradients.
+
+    python benchmarks/attention.py [--nodes N ...] [--batch B ...]
 """
 
 import argparse
-import platform
-import statistics
-import time
+from functools import partial
 
 import torch
+from measure import Rates, environment, forget_peak, head, in_process, in_turn, peak, row
 
-from graphdiff.operators import attention as kernels
+import graphdiff as gd
+
+D, K = 64, 21
+
+
+def problem(nodes, batch, device):
+    generator = torch.Generator().manual_seed(3)
+    psi, y, g = (torch.randn(batch, nodes, c, generator=generator).to(device) for c in (D, K, K))
+    return psi / 2, y, g  # |ψ|² ≈ 16: neither the identity nor a hub
 
 
 def plain(psi, y):
     return torch.softmax(psi @ psi.mT, -1) @ y
 
 
-def plain_both(psi, y, g):
-    psi, y = psi.clone().requires_grad_(), y.clone().requires_grad_()
-    return torch.autograd.grad(plain(psi, y), (psi, y), g)
+def ours(psi, y):
+    return gd.AttentionTransition(psi) @ y
 
 
-def walked_both(forward, backward, psi, y, g):
-    value, lse = forward(psi, psi, y)
-    g_query, g_key, g_y = backward(psi, psi, y, value, lse, g, torch.zeros_like(lse))
-    return g_query + g_key, g_y
+def forward(walk, psi, y, g):
+    with torch.no_grad():
+        return (walk(psi, y),)
 
 
-def seconds(function, *arguments):
-    start = time.perf_counter()
-    result = function(*arguments)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
+def both(walk, psi, y, g):
+    leaves = psi.detach().requires_grad_(), y.detach().requires_grad_()
+    value = walk(*leaves)
+    return (value.detach(), *torch.autograd.grad(value, leaves, g))
 
 
-def compare(contenders, arguments, rounds):
-    """Median seconds of the first contender and, of all, median ratios to it and largest difference."""
-    reference, ratios, base = None, {name: [] for name in contenders}, []
-    for round_number in range(rounds + 1):  # the first warms up
-        for position, (name, function) in enumerate(contenders.items()):
-            taken, result = seconds(function, *arguments)
-            if position == 0:
-                first, reference = taken, result
-            if round_number == 0:
-                for a, b in zip(result, reference, strict=True):
-                    assert float((a - b).abs().max() / b.abs().max()) < 1e-4, name
-            else:
-                ratios[name].append(first / taken)
-        if round_number:
-            base.append(first)
-    return statistics.median(base), {name: statistics.median(r) for name, r in ratios.items()}
+PASSES = {"forward": forward, "forward + backward": both}
+
+
+def limit(nodes, batch, label, rates):
+    """Seconds at the machine's rates."""
+    pairs = batch * nodes**2 / 2
+    operations, exponentials = 2 * D + 4 * (K + 1), 1
+    if label != "forward":
+        operations += 2 * D + 4 * (K + 1) + 4 * D + 4 * K
+        exponentials += 1
+    return pairs * (operations / rates.products + exponentials / rates.exponentials)
+
+
+def true_errors(label, arguments):
+    """The largest relative error of both ways, against the plain way in float64, of the first graph."""
+    one = [x[:1] for x in arguments]
+    exact = PASSES[label](plain, *(x.double() for x in one))
+    errors = []
+    for walk in (plain, ours):
+        found = PASSES[label](walk, *one)
+        errors.append(
+            max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, exact, strict=True))
+        )
+    return errors
+
+
+# --- The cascade
+
+
+def features(side, device):
+    """Five maps as DifNet-18's similarity branch has them, smooth as such maps are."""
+    generator = torch.Generator().manual_seed(4)
+    maps = []
+    for channels, size in ((3, 8 * side), (64, 2 * side), (128, side), (256, side), (512, side)):
+        noise = torch.randn(1, channels, size, size, generator=generator)
+        maps.append(5 * torch.nn.functional.avg_pool2d(noise, 5, 1, 2).to(device))
+    return maps
+
+
+def plain_cascade(cascade, seed, maps):
+    """`CascadedWalk` as one writes it with matrices."""
+    s = y = seed.flatten(2).mT
+    for embed, step, x in zip(cascade.embeddings, cascade.steps, maps, strict=True):
+        psi = embed(x, seed.shape[-2:]).psi
+        P = torch.softmax(psi @ psi.mT, -1)
+        y = step.beta * (step.mu * (P @ y) + (1 - step.mu) * s) + (1 - step.beta) * y
+    return y.mT.reshape(seed.shape)
+
+
+def cascade_step(way, side, device):
+    torch.manual_seed(5)
+    cascade = gd.CascadedWalk([3, 64, 128, 256, 512]).to(device)
+    maps = features(side, device)
+    seed = torch.randn(1, K, side, side, device=device).requires_grad_()
+    g = torch.randn(1, K, side, side, device=device)
+
+    def step():
+        y = plain_cascade(cascade, seed, maps) if way == "plain" else cascade(seed, maps)
+        return torch.autograd.grad(y, [seed, *cascade.parameters()], g)
+
+    return step
+
+
+def grown(function):
+    """Bytes by which the peak grows above what is there before and what comes out."""
+    before = forget_peak()
+    results = function()
+    return peak() - before - sum(x.numel() * x.element_size() for x in results)
+
+
+def own_peak(what, way, nodes, device):
+    """In a process of its own, after a small problem: libraries then have what they need."""
+    walk = {"plain": plain, "ours": ours}[way]
+    if what == "cascade":
+        cascade_step(way, 8, device)()
+        return grown(cascade_step(way, round(nodes**0.5), device))
+    PASSES[what](walk, *problem(300, 1, device))
+    arguments = problem(nodes, 1, device)
+    return grown(lambda: PASSES[what](walk, *arguments))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1681, 4096, 10201])
-    parser.add_argument("--batch", type=int, default=1)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1681, 4096, 10201], help="squares")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory-of", nargs=3, metavar=("PASS", "WAY", "NODES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = (
-        torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    if options.memory_of:
+        what, way, nodes = options.memory_of
+        print(own_peak(what, way, int(nodes), device))
+        return
+    rates = Rates(device=device)
+    print(f"{environment()}; d = {D}, K = {K}, float32. {str(rates).capitalize()}.\n")
+    head(
+        "nodes",
+        "batch",
+        "pass",
+        "plain, ms",
+        "ours, ms",
+        "times faster",
+        "share of the limit",
+        "error: plain",
+        "ours",
+        numbers=(0, 1, 3, 4, 5, 6, 7, 8),
     )
-    print(
-        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
-        f"{platform.python_version()}; d = 64, K = 21, float32, batch {options.batch}\n"
-    )
-    print("| nodes | pass | plain, ms | fused kernel, times faster | row blocks, times faster |")
-    print("| ---: | --- | ---: | ---: | ---: |")
+    for batch in options.batch:
+        for nodes in options.nodes:
+            if batch > 1 and batch * nodes**2 * 4 * 4 > 8e9:
+                row(nodes, batch, "both", "-", "-", "-", "-", "the plain way needs more than 8 GB", "-")
+                continue
+            arguments = problem(nodes, batch, device)
+            for label, run in PASSES.items():
+                errors = true_errors(label, arguments)
+                assert errors[1] < max(2e-5, 4 * errors[0]), errors
+                found = in_turn(
+                    {
+                        name: partial(run, walk, *arguments)
+                        for name, walk in (("plain", plain), ("ours", ours))
+                    },
+                    options.rounds if batch == 1 else max(1, options.rounds // 2),
+                )
+                share = limit(nodes, batch, label, rates) / found["ours"][0]
+                row(
+                    nodes,
+                    batch,
+                    label,
+                    f"{1e3 * found['plain'][0]:.1f}",
+                    f"{1e3 * found['ours'][0]:.1f}",
+                    f"{found['ours'][1]:.2f}",
+                    f"{share:.0%}",
+                    f"{errors[0]:.0e}",
+                    f"{errors[1]:.0e}",
+                )
+    print("\nA cascade of five walks on maps as DifNet-18's, embeddings included, forward + backward:\n")
+    head("nodes", "plain, ms", "ours, ms", "times faster")
     for nodes in options.nodes:
-        torch.manual_seed(3)
-        psi, y, g = (torch.randn(options.batch, nodes, c, device=device) for c in (64, 21, 21))
-        psi = psi / 2  # |ψ|² ≈ 16: neither the identity nor a hub
-        forward = {
-            "plain": lambda psi, y: (plain(psi, y),),
-            "fused": lambda psi, y: kernels.fused_forward(psi, psi, y)[:1],
-            "blocks": lambda psi, y: kernels.blocked_forward(psi, psi, y)[:1],
-        }
-        both = {
-            "plain": plain_both,
-            "fused": lambda *a: walked_both(kernels.fused_forward, kernels.fused_backward, *a),
-            "blocks": lambda *a: walked_both(kernels.blocked_forward, kernels.blocked_backward, *a),
-        }
-        if device.type != "cpu":
-            del forward["fused"], both["fused"]
-        for label, contenders, arguments in (
-            ("forward", forward, (psi, y)),
-            ("forward + backward", both, (psi, y, g)),
-        ):
-            with torch.set_grad_enabled(label != "forward"):
-                base, ratio = compare(contenders, arguments, options.rounds)
-            fused = f"{ratio['fused']:.2f}" if "fused" in ratio else "CPU only"
-            print(f"| {nodes} | {label} | {1000 * base:.1f} | {fused} | {ratio['blocks']:.2f} |", flush=True)
+        side = round(nodes**0.5)
+        found = in_turn({way: cascade_step(way, side, device) for way in ("plain", "ours")}, options.rounds)
+        plain_ms, ours_ms = (1e3 * found[way][0] for way in ("plain", "ours"))
+        row(nodes, f"{plain_ms:.0f}", f"{ours_ms:.0f}", f"{found['ours'][1]:.2f}")
+    if device.type != "cpu":
+        return
+    print("\nMemory beyond inputs, outputs and gradients, batch 1, MB:\n")
+    head("nodes", "pass", "plain", "ours", "part", numbers=(0, 2, 3, 4))
+    for nodes in (n for n in options.nodes if n >= 4096):
+        for what in (*PASSES, "cascade"):
+            used = [in_process("attention.py", "--memory-of", what, way, nodes) for way in ("plain", "ours")]
+            label = "cascade, forward + backward" if what == "cascade" else what
+            row(nodes, label, *(f"{x / 1e6:.1f}" for x in used), f"{used[1] / used[0]:.1%}")
 
 
 if __name__ == "__main__":

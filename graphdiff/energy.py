@@ -308,7 +308,7 @@ def _closer(
     A v ≥ g > 0. Here v is about A⁻¹(1 − µ), of which no entry exceeds √N; were it √d, this would be the bound
     of z. Of P it uses that no entry is negative and how products round, of v what is computed of A v.
     """
-    eps, tiny, nodes = torch.finfo(y.dtype).eps, torch.finfo(y.dtype).tiny, P.shape[-1]
+    eps, nodes = torch.finfo(y.dtype).eps, P.shape[-1]
     with torch.no_grad():
         ones = torch.ones(nodes, mu.shape[-1], dtype=y.dtype, device=y.device)
         found = solve_scaled(
@@ -330,7 +330,7 @@ def _closer(
         scaled = torch.cat(signals, -1) / root
         walked = root * P.matmul(scaled)
         # What underflows in P may be something in S.
-        lost = nodes * tiny * root * scaled.abs().amax(-2, keepdim=True)
+        lost = nodes * P.underflow(y.dtype) * root * scaled.abs().amax(-2, keepdim=True)
         own = walked[..., 2 * y.shape[-1] :]
         near, far = walked[..., : y.shape[-1]], walked[..., y.shape[-1] : 2 * y.shape[-1]]
         slip = mu * (P.rounding(y.dtype) + rounding + 8 * eps)

@@ -33,7 +33,7 @@ class Call:
     budget: Budget
     on_failure: OnFailure
     state: Any = None
-    """What the solver has prepared already, if it has: the backward uses the forward's."""
+    """What the solver has prepared for the operator already; for `gradients`, for its transpose."""
 
 
 def implicit_solve(call: Call, rhs: Tensor, mu: Tensor, *, initial: Tensor, atol: Tensor) -> Certified:
@@ -59,7 +59,8 @@ class _ImplicitSolve(torch.autograd.Function):
         answer = solve_certified(
             call.solver, state, operator, rhs, mu, initial=initial, atol=atol, budget=call.budget
         )
-        ctx.call, ctx.state = call, state
+        # The forward's own state, which may hold a matrix, ends here.
+        ctx.call, ctx.state = call, call.solver.transposed(state)
         ctx.save_for_backward(mu, answer.x, *tensors)
         ctx.mark_non_differentiable(*answer[1:])
         return tuple(answer)
@@ -78,10 +79,10 @@ def gradients(
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
     """∂b, ∂µ and those of the operator's tensors for a cotangent g of x; the latter two where wanted.
 
-    The operator's state belongs to the call; shapes and dtype of g and x are those of b.
+    Shapes and dtype of g and x are those of b.
     """
     budget = call.budget.again()
-    adjoint = replace(call, operator=call.operator.T, state=call.solver.transposed(call.state), budget=budget)
+    adjoint = replace(call, operator=call.operator.T, budget=budget)
     # (1 − µ)λ is the gradient of the signal; its error is promised to be at most tol·‖g‖.
     remaining = 1 - mu.amax(-2, keepdim=True)
     atol = call.tol * size(g.detach(), norm_of(adjoint.operator)) / remaining

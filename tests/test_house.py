@@ -19,6 +19,8 @@ FLOORS = {
         [
             "operators.base",
             "operators.dense",
+            "operators.held",
+            "operators.strips",
             "operators.neighbours",
             "operators.sparse",
             "operators.attention",

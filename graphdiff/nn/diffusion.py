@@ -242,7 +242,7 @@ def _diffuse_attention_backward(
     P, m = AttentionTransition(psi, scale=scale, mask=mask), mu.to(wide).reshape(1, 1)
     g = checks.real(g.to(wide), mask)
     method, _ = chosen(_KNOWN[solver], P, m, g.shape[-1], tol)
-    call = Call(P, method, tol, Budget(), "warn", method.prepare(P, m.to(P.dtype)))
+    call = Call(P, method, tol, Budget(), "warn")
     # y* solves for b = (1 − µ)s, which hands its gradient on to s and to µ.
     g_rhs, g_mu, (g_psi,) = gradients(call, m, y.to(wide), g, (True, True))
     assert g_mu is not None

@@ -1,19 +1,20 @@
 """P = softmax(scale · ψψᵀ): the walk of DifNet's features, never stored as a matrix.
 
-The one product behind it, for queries q [B, N, d], keys k [B, M, d] and values y [B, M, K]:
+Behind it are three operations, on ψ [B, N, d] (√scale·ψ), weights w [B, N] of the nodes (1, or 0 at padded
+ones) and signals [B, N, K], each computed by `strips` in O(N) memory:
 
-    A = q kᵀ,   lse_i = log Σ_j exp(A_ij),   P = exp(A − lse),   value = P y.
+    attention             lse_i = log Σ_j w_j exp(ψ_i·ψ_j),   P_ij = w_j exp(ψ_i·ψ_j − lse_i),   value = P y
+    attention_transposed  Pᵀ v
+    attention_backward    the gradients of the first
 
-Value and log-sum-exp are both differentiable outputs; the second is the log-degree of the walk, and with
-it the transposed product is the same operation again: (Pᵀv)_j = Σ_i exp(A_ij − lse_i) v_i.
-
-Two kernels compute it in O(N) memory: torch's fused attention where it runs on the CPU (the fastest of
-those measured by benchmarks/attention.py), row blocks in plain torch elsewhere and for second derivatives.
+Value and log-sum-exp are both differentiable outputs; the second is the log-degree of the walk.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,12 +22,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from graphdiff import checks
+from graphdiff.operators import strips
 from graphdiff.operators.base import Transition
-
-# What one block of rows may hold. Larger blocks are not faster on a CPU and idle no GPU.
-BLOCK_ELEMENTS = 2**22
-# A logit whose exponential is 0 beside any other, and finite, for gradients multiply it by 0.
-NEVER = -1e30
+from graphdiff.operators.dense import whole_lines
+from graphdiff.operators.held import HeldTransition
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,47 +86,60 @@ class AttentionTransition(Transition):
         A padded node may have any; with its ψ = 0 it has the log of the number of real ones, which is not
         above the largest of theirs.
         """
-        nothing = self.psi.new_zeros(*self.psi.shape[:-1], 1)
-        return attention(*self._query_key(), nothing)[1]
+        if self.psi.requires_grad and torch.is_grad_enabled():
+            return self._found_log_degree()
+        return self._log_degree_once
 
-    def _query_key(self) -> tuple[Tensor, Tensor]:
-        """Queries and keys; with a mask each is one longer, which adds NEVER to what leads to padding."""
+    @cached_property
+    def _log_degree_once(self) -> Tensor:
+        with torch.no_grad():
+            return self._found_log_degree()
+
+    def _found_log_degree(self) -> Tensor:
+        return attention(self._features(), self._weight(), self.psi[..., :0])[1]
+
+    def _features(self) -> Tensor:
         psi = _at_least_float32(self.psi)
+        return psi if self.scale == 1 else math.sqrt(self.scale) * psi
+
+    def _weight(self) -> Tensor:
+        """1 at nodes that are stepped to, [..., N, 1]; where a graph has no real one, at all."""
+        weight = torch.ones_like(_at_least_float32(self.psi[..., :1].detach()))
         if self.mask is None:
-            return self.scale * psi, psi
-        ones = torch.ones_like(psi[..., :1])
-        never = ones.masked_fill(self.mask.unsqueeze(-1), 0.0) * NEVER
-        return torch.cat([self.scale * psi, ones], -1), torch.cat([psi, never], -1)
+            return weight
+        return (self.mask | ~self.mask.any(-1, keepdim=True)).unsqueeze(-1).to(weight.dtype)
 
     def matmul(self, y: Tensor) -> Tensor:
         """P y."""
-        return self._staying(attention(*self._query_key(), checks.real(y, self.mask))[0], y)
+        value, _ = attention(self._features(), self._weight(), checks.real(y, self.mask))
+        return self._staying(value, y)
 
     def rmatmul(self, v: Tensor) -> Tensor:
-        """Pᵀ v, as attention over columns with −lse added to every logit of a row."""
-        query, key = self._query_key()
-        lse = _at_least_float32(self.log_degree).unsqueeze(-1)
-        value, log_mass = attention(
-            torch.cat([query, torch.ones_like(lse)], -1),
-            torch.cat([key, -lse], -1),
-            checks.real(v, self.mask),
-        )
-        return self._staying(value * log_mass.unsqueeze(-1).exp(), v)
+        """Pᵀ v."""
+        given = self._features(), self._weight(), _at_least_float32(self._log_degree_once)
+        return self._staying(attention_transposed(*given, checks.real(v, self.mask)), v)
 
     def vjp(self, y: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """P y and the gradient in ψ, by the kernels; so it serves below autograd too."""
-        query, key = self._query_key()
         real_y, real_v = checks.real(y, self.mask), checks.real(v, self.mask)
-        product, g_query, g_key = attention_vjp(query, key, real_y, real_v)
-        g_psi = (self.scale * g_query + g_key)[..., : self.psi.shape[-1]].to(self.dtype)
+        product, g_psi = attention_vjp(self._features(), self._weight(), real_y, real_v)
+        g_psi = (math.sqrt(self.scale) * g_psi).to(self.dtype)
         return self._staying(product, y), (checks.real(g_psi, self.mask),)
+
+    def held(self) -> Transition:
+        """With its matrix beside it, where that fits."""
+        psi, nodes = self._features().detach(), self.shape[-1]
+        if not HeldTransition.fits(self.shape, psi.dtype):
+            return self
+        batch, flat = _flattened(psi, self._weight())
+        P, lse = _each(functools.partial(strips.matrix, width=whole_lines(nodes, psi.dtype)), *flat)
+        return HeldTransition(self, P.reshape(*batch, *P.shape[-2:]), lse.reshape(*batch, nodes))
 
     def rows(self, index: Tensor | Sequence[int]) -> Tensor:
         """The rows P[index], [..., len(index), N]."""
-        query, key = self._query_key()
-        index = self._row_index(index)
+        psi, index = self._features(), self._row_index(index)
         with torch.autocast(self.device.type, enabled=False):
-            logits = query[..., index, :] @ key.mT
+            logits = psi[..., index, :] @ psi.mT + self._weight().log().mT
         rows = torch.softmax(logits, -1).to(self.dtype)
         if self.mask is None:
             return rows
@@ -140,55 +152,69 @@ class AttentionTransition(Transition):
 
     def rounding(self, dtype: torch.dtype) -> Tensor | float:
         """Of the sum, and of the logits, whose absolute error is a relative one of P's entries."""
-        logits = (self.psi.shape[-1] + 2) * torch.finfo(dtype).eps * self._largest_logit(dtype)
-        return self.sum_rounding(dtype) + logits
+        return self.sum_rounding(dtype) + self._terms(dtype) * self._largest_logit(dtype)
 
     def degree_rounding(self, dtype: torch.dtype) -> Tensor | float:
         """Of the sum, its logarithm and the logits."""
         largest = self._largest_logit(dtype) + math.log(self.shape[-1])
-        return self.sum_rounding(dtype) + (self.psi.shape[-1] + 3) * torch.finfo(dtype).eps * largest
+        return self.sum_rounding(dtype) + self._terms(dtype) * largest
 
     def transposed_rounding(self, dtype: torch.dtype) -> Tensor | float:
         """Besides, of the log-sum-exp of each row, which is one more term of as large logits."""
         largest = 2 * self._largest_logit(dtype) + math.log(self.shape[-1])
-        return self.sum_rounding(dtype) + (self.psi.shape[-1] + 3) * torch.finfo(dtype).eps * largest
+        return self.sum_rounding(dtype) + self._terms(dtype) * largest
+
+    def underflow(self, dtype: torch.dtype) -> float:
+        """What strips take as 0 beside the sum of a row."""
+        return math.exp(strips.FLOOR[dtype] + strips.RISE)
+
+    def _terms(self, dtype: torch.dtype) -> float:
+        """Of d products, the subtracted shift and, where there is one, √scale in both factors."""
+        return (self.psi.shape[-1] + (3 if self.scale == 1 else 7)) * torch.finfo(dtype).eps
 
     def _largest_logit(self, dtype: torch.dtype) -> Tensor:
         squares = self.psi.detach().to(dtype).square().sum(-1, keepdim=True)
         return self.scale * squares.amax(-2, keepdim=True)
 
 
-def attention(query: Tensor, key: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(q kᵀ) y and the log-sum-exp of the rows of q kᵀ, both differentiable, twice.
+def attention(psi: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """P y and the log-sum-exp of the rows, both differentiable in ψ and y, twice.
 
     Args:
-        query: [..., N, d].
-        key: [..., M, d].
-        y: [..., M, K]; leading dimensions broadcast.
+        psi: [..., N, d], 0 where `weight` is.
+        weight: w, [..., N, 1], 0 or 1, not all 0.
+        y: [..., N, K]; leading dimensions broadcast.
 
     Returns:
         value [..., N, K] and lse [..., N], in the dtype of `y`; computed in float32 at least.
     """
-    batch, flat = _flattened(query, key, y)
+    batch, flat = _flattened(psi, weight, y)
     value, lse = _attention(*flat)
-    value = value.reshape(*batch, query.shape[-2], y.shape[-1])
-    return value.to(y.dtype), lse.reshape(*batch, query.shape[-2]).to(y.dtype)
+    return value.reshape(*batch, *y.shape[-2:]).to(y.dtype), lse.reshape(*batch, y.shape[-2]).to(y.dtype)
 
 
-def attention_vjp(query: Tensor, key: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """softmax(q kᵀ) y, and the gradients of Σ g ⊙ softmax(q kᵀ) y in q and k; all differentiable."""
-    batch, flat = _flattened(query, key, y, g)
-    value, lse = _attention(*flat[:3])
-    g_query, g_key, _ = _attention_backward(*flat[:3], value, lse, flat[3], torch.zeros_like(lse))
-    shaped = [x.reshape(*batch, *x.shape[-2:]) for x in (value, g_query, g_key)]
-    return shaped[0].to(y.dtype), shaped[1].sum_to_size(query.shape), shaped[2].sum_to_size(key.shape)
+def attention_transposed(psi: Tensor, weight: Tensor, lse: Tensor, v: Tensor) -> Tensor:
+    """Pᵀ v [..., N, K], differentiable in v and ψ, given the log-sum-exp [..., N] that belongs to ψ."""
+    batch, flat = _flattened(psi, weight, lse.unsqueeze(-1), v)
+    product: Tensor = _attention_transposed(*flat)
+    return product.reshape(*batch, *v.shape[-2:]).to(v.dtype)
+
+
+def attention_vjp(psi: Tensor, weight: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """P y, and the gradient of Σ g ⊙ P y in ψ; both differentiable."""
+    batch, (flat_psi, flat_weight, flat_y, flat_g) = _flattened(psi, weight, y, g)
+    value, lse = _attention(flat_psi, flat_weight, flat_y)
+    given = flat_psi, flat_weight, flat_y, value, lse, flat_g, torch.zeros_like(lse)
+    g_psi = _attention_backward(*given)[0].reshape(*batch, *psi.shape[-2:])
+    return value.reshape(*batch, *value.shape[-2:]).to(y.dtype), g_psi.sum_to_size(psi.shape)
 
 
 def _flattened(*arguments: Tensor) -> tuple[torch.Size, list[Tensor]]:
     """The common leading shape, and the arguments with one leading dimension, in float32 at least."""
-    batch = checks.broadcast_batch([x.shape[:-2] for x in arguments], "query, key and y")
+    batch = checks.broadcast_batch([x.shape[:-2] for x in arguments], "psi and y")
     return batch, [
-        _at_least_float32(x).expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in arguments
+        _at_least_float32(x).expand(*batch, *x.shape[-2:]).reshape(batch.numel(), *x.shape[-2:])
+        for x in arguments
     ]
 
 
@@ -196,35 +222,61 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-# --- The operation and its derivative, each one operator of torch's, so that torch.compile need not look in.
+# --- The operations and their derivatives, each one operator of torch's, so that torch.compile need not look
+# in. Graph by graph: so a graph of a batch has the bits that it has alone.
+
+
+def _each(kernel: Callable[..., tuple[Tensor, ...]], *arguments: Tensor) -> tuple[Tensor, ...]:
+    """A kernel's results for every graph of a batch, stacked."""
+    with torch.autocast(arguments[0].device.type, enabled=False):
+        results = [kernel(*map(_as_alone, graph)) for graph in zip(*arguments, strict=True)]
+    return tuple(
+        parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+        for parts in zip(*results, strict=True)
+    )
+
+
+def _as_alone(x: Tensor) -> Tensor:
+    """x in memory aligned as new memory is: sums round differently where it is not."""
+    return (
+        x if x.is_contiguous() and x.data_ptr() % 64 == 0 else x.clone(memory_format=torch.contiguous_format)
+    )
 
 
 @torch.library.custom_op("graphdiff::attention", mutates_args=())
-def _attention(query: Tensor, key: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.autocast(query.device.type, enabled=False):
-        return (fused_forward if query.device.type == "cpu" else blocked_forward)(query, key, y)
+def _attention(psi: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    value, lse = _each(strips.forward, psi, weight, y)
+    return value, lse
 
 
 @_attention.register_fake
-def _(query: Tensor, key: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    nodes = query.shape[:-1]
-    return y.new_empty(*nodes, y.shape[-1]), query.new_empty(nodes)
+def _(psi: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), y.new_empty(y.shape[:-1])
+
+
+@torch.library.custom_op("graphdiff::attention_transposed", mutates_args=())
+def _attention_transposed(psi: Tensor, weight: Tensor, lse: Tensor, v: Tensor) -> Tensor:
+    return _each(strips.transposed, psi, weight, lse, v)[0]
+
+
+@_attention_transposed.register_fake
+def _(psi: Tensor, weight: Tensor, lse: Tensor, v: Tensor) -> Tensor:
+    return v.new_empty(v.shape)
 
 
 @torch.library.custom_op("graphdiff::attention_backward", mutates_args=())
 def _attention_backward(
-    query: Tensor, key: Tensor, y: Tensor, value: Tensor, lse: Tensor, g_value: Tensor, g_lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(query.device.type, enabled=False):
-        kernel = fused_backward if query.device.type == "cpu" else blocked_backward
-        return kernel(query, key, y, value, lse, g_value, g_lse)
+    psi: Tensor, weight: Tensor, y: Tensor, value: Tensor, lse: Tensor, g_value: Tensor, g_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    g_psi, g_y = _each(strips.backward, psi, weight, y, value, lse, g_value, g_lse)
+    return g_psi, g_y
 
 
 @_attention_backward.register_fake
 def _(
-    query: Tensor, key: Tensor, y: Tensor, value: Tensor, lse: Tensor, g_value: Tensor, g_lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), y.new_empty(y.shape)
+    psi: Tensor, weight: Tensor, y: Tensor, value: Tensor, lse: Tensor, g_value: Tensor, g_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    return psi.new_empty(psi.shape), y.new_empty(y.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -232,9 +284,22 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -
     ctx.save_for_backward(*inputs, *output)
 
 
-def _backward(ctx: Any, g_value: Tensor, g_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    grads: tuple[Tensor, Tensor, Tensor] = _attention_backward(*ctx.saved_tensors, g_value, g_lse)
-    return grads
+def _backward(ctx: Any, g_value: Tensor, g_lse: Tensor) -> tuple[Tensor, None, Tensor]:
+    g_psi, g_y = _attention_backward(*ctx.saved_tensors, g_value, g_lse)
+    return g_psi, None, g_y
+
+
+def _save_transposed(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    psi, weight, _, v = inputs
+    ctx.save_for_backward(psi, weight, v)
+
+
+def _backward_transposed(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, Tensor]:
+    psi, weight, v = ctx.saved_tensors
+    # g·(Pᵀ v) is v·(P g): its gradients are those of the product P g with v for the cotangent.
+    value, lse = _attention(psi, weight, g)
+    g_psi, _ = _attention_backward(psi, weight, g, value, lse, v, torch.zeros_like(lse))
+    return g_psi, None, None, value
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -246,124 +311,41 @@ def _double_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
     with torch.enable_grad():
         # Views, so that differentiating stops at this node's inputs and does not run on through their graph.
         inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in ctx.saved_tensors]
-        grads = blocked_backward(*inputs)
+        grads = _differentiable_backward(*inputs)
         return torch.autograd.grad(grads, inputs, cotangents, create_graph=recorded, allow_unused=True)
 
 
 _attention.register_autograd(_backward, setup_context=_save)
+_attention_transposed.register_autograd(_backward_transposed, setup_context=_save_transposed)
 _attention_backward.register_autograd(_double_backward, setup_context=_save_inputs)
 
 
-# --- Kernel 1: torch's fused attention on the CPU.
+# --- The backward once more, in operations that autograd knows, for second derivatives.
 
 
-def _padded(x: Tensor, width: int) -> Tensor:
-    """x [B, N, d] as [B, 1 head, N, width], filled up with zeros and contiguous.
-
-    Below the door of torch's public function the kernel takes the last stride to be 1, unasked.
-    """
-    return torch.nn.functional.pad(x, (0, width - x.shape[-1])).contiguous().unsqueeze(1)
-
-
-def _width(channels: int, dtype: torch.dtype) -> int:
-    """Channels rounded up to whole 64-byte lines.
-
-    Matrix products round differently where memory is aligned differently: with whole lines every graph of a
-    batch starts as it would alone, and its answer has the same bits in any company.
-    """
-    line = 64 // dtype.itemsize
-    return -(-channels // line) * line
-
-
-def fused_forward(query: Tensor, key: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and log-sum-exp by torch's fused CPU attention, which wants values as wide as keys."""
-    nodes, channels = query.shape[-2], y.shape[-1]
-    width = _width(max(query.shape[-1], channels), y.dtype)
-    # Below 32 queries the kernel's own scratch memory would not consist of whole lines either.
-    query = torch.nn.functional.pad(query, (0, 0, 0, max(0, 32 - nodes)))
-    value, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        _padded(query, width), _padded(key, width), _padded(y, width), scale=1.0
-    )
-    return value[:, 0, :nodes, :channels].contiguous(), lse[:, 0, :nodes].to(query.dtype).contiguous()
-
-
-def fused_backward(
-    query: Tensor, key: Tensor, y: Tensor, value: Tensor, lse: Tensor, g_value: Tensor, g_lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in query, key and y by torch's fused backward.
-
-    That one knows no cotangent of the log-sum-exp. It takes δ_i = Σ_k g_ik value_ik for the softmax, and we
-    need δ_i − g_lse_i: one more column, with 1 in g, −g_lse in the value and 0 in y, adds just that.
-    """
-    channels = y.shape[-1]
-    width = _width(max(query.shape[-1], channels + 1), y.dtype)
-    g = _padded(torch.cat([g_value, torch.ones_like(g_lse).unsqueeze(-1)], -1), width)
-    out = _padded(torch.cat([value, -g_lse.unsqueeze(-1)], -1), width)
-    g_query, g_key, g_y = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        g,
-        _padded(query, width),
-        _padded(key, width),
-        _padded(y, width),
-        out,
-        lse.unsqueeze(1),
-        0.0,
-        False,
-        scale=1.0,
-    )
-    depth = query.shape[-1]
-    return (
-        g_query[:, 0, :, :depth].contiguous(),
-        g_key[:, 0, :, :depth].contiguous(),
-        g_y[:, 0, :, :channels].contiguous(),
-    )
-
-
-# --- Kernel 2: row blocks in plain torch, on any device; also the differentiable form of the backward.
-
-
-def _row_blocks(query: Tensor, key: Tensor) -> list[slice]:
-    rows = max(1, BLOCK_ELEMENTS // (query.shape[0] * key.shape[-2]))
-    return [slice(start, start + rows) for start in range(0, query.shape[-2], rows)]
-
-
-def blocked_forward(query: Tensor, key: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and log-sum-exp, a block of rows at a time."""
-    values, sums = [], []
-    for block in _row_blocks(query, key):
-        logits = query[:, block] @ key.mT
-        lse = logits.logsumexp(-1)
-        values.append((logits - lse.unsqueeze(-1)).exp_() @ y)
-        sums.append(lse)
-    return torch.cat(values, 1), torch.cat(sums, 1)
+def _differentiable_backward(
+    psi: Tensor, weight: Tensor, y: Tensor, value: Tensor, lse: Tensor, g_value: Tensor, g_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """∂ψ and ∂y, a block of rows at a time, each computed again rather than kept: no N×N matrix either."""
+    h = g_lse - (g_value * value).sum(-1)
+    block = max(1, strips.DEVICE_ELEMENTS // (psi.shape[0] * psi.shape[1]))
+    g_rows, g_psi, g_y = [], torch.zeros_like(psi), torch.zeros_like(y)
+    for start in range(0, psi.shape[1], block):
+        these = slice(start, start + block)
+        rows, columns, values = checkpoint(
+            _block_backward,
+            *(psi[:, these], psi, weight, y, lse[:, these], g_value[:, these], h[:, these]),
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        g_rows.append(rows)
+        g_psi, g_y = g_psi + columns, g_y + values
+    return torch.cat(g_rows, 1) + g_psi, g_y
 
 
 def _block_backward(
-    query: Tensor, key: Tensor, y: Tensor, lse: Tensor, g_value: Tensor, shift: Tensor
+    rows: Tensor, psi: Tensor, weight: Tensor, y: Tensor, lse: Tensor, g_value: Tensor, h: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    P = (query @ key.mT - lse.unsqueeze(-1)).exp()
-    g_logits = P * (g_value @ y.mT + shift.unsqueeze(-1))
-    return g_logits @ key, g_logits.mT @ query, P.mT @ g_value
-
-
-def blocked_backward(
-    query: Tensor, key: Tensor, y: Tensor, value: Tensor, lse: Tensor, g_value: Tensor, g_lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in query, key and y, a block of rows at a time.
-
-    With ∂L/∂A_ij = P_ij (g_i·y_j + g_lse_i − g_i·value_i). Under autograd each block is computed again
-    rather than kept, so second derivatives need no N×N matrix either.
-    """
-    shift = g_lse - (g_value * value).sum(-1)
-    g_query, g_key, g_y = [], key.new_zeros(key.shape), y.new_zeros(y.shape)
-    for block in _row_blocks(query, key):
-        arguments = (query[:, block], key, y, lse[:, block], g_value[:, block], shift[:, block])
-        if torch.is_grad_enabled():
-            rows, columns, values = checkpoint(
-                _block_backward, *arguments, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            rows, columns, values = _block_backward(*arguments)
-        g_query.append(rows)
-        g_key = g_key + columns
-        g_y = g_y + values
-    return torch.cat(g_query, 1), g_key, g_y
+    P = weight.mT * (rows @ psi.mT - lse.unsqueeze(-1)).exp()
+    G = P * (g_value @ y.mT + h.unsqueeze(-1))
+    return G @ psi, G.mT @ rows, P.mT @ g_value

@@ -30,7 +30,7 @@ class Transition(ABC):
     sparse: bool = False
     """Whether rows are short lists, given by `neighbours` and `to_scipy`."""
     entrywise: bool = False
-    """Whether `rounding` holds entry by entry, |fl(P y) − P y| ≤ ε P|y|, underflow apart."""
+    """Whether `rounding` holds entry by entry, |fl(P y) − P y| ≤ ε P|y|, `underflow` apart."""
     restarts: bool = False
     """Whether some nodes jump to the signal's own distribution, which `restarting_at` binds."""
     stochastic: Literal["rows", "columns"] = "rows"
@@ -97,6 +97,10 @@ class Transition(ABC):
         """What sums of N products cost in any order: N units in the last place at most."""
         return (self.shape[-1] + 4) * torch.finfo(dtype).eps
 
+    def underflow(self, dtype: torch.dtype) -> float:
+        """Entries of P up to this may be lost; unless written, those that the dtype cannot hold."""
+        return torch.finfo(dtype).tiny
+
     def transposed_rounding(self, dtype: torch.dtype) -> Tensor | float:
         """The same of Pᵀ v, in the 1-norm."""
         return self.rounding(dtype)
@@ -108,6 +112,13 @@ class Transition(ABC):
         """
         stored = any(field.name == "log_degree" for field in dataclasses.fields(self))  # type: ignore[arg-type]
         return 0.0 if stored else self.sum_rounding(dtype)
+
+    def held(self) -> "Transition":
+        """The same walk in the form that multiplies fastest, for who multiplies often; itself unless written.
+
+        It may take as much memory as the matrix where that is not much, so it is not to be kept.
+        """
+        return self
 
     @property
     def T(self) -> "Transition":
@@ -301,6 +312,11 @@ class TransposedTransition(Transition):
     def T(self) -> Transition:
         """The operator this is the transpose of, itself."""
         return self.original
+
+    def held(self) -> Transition:
+        """The transpose of the original so held."""
+        held = self.original.held()
+        return self if held is self.original else held.T
 
     @property
     def row_sums(self) -> Tensor | float:

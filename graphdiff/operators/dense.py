@@ -11,6 +11,9 @@ from torch.nn.functional import pad
 from graphdiff import checks
 from graphdiff.operators.base import Transition
 
+# Signals are multiplied in groups of so many.
+COLUMNS = 8
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DenseTransition(Transition):
@@ -125,19 +128,11 @@ class DenseTransition(Transition):
 
     def matmul(self, y: Tensor) -> Tensor:
         """P y."""
-        return self._staying(self._product(self._in_lines(), checks.real(y, self.mask)), y)
+        return self._staying(product(self._in_lines(), checks.real(y, self.mask)), y)
 
     def rmatmul(self, v: Tensor) -> Tensor:
         """Pᵀ v."""
-        return self._staying(self._product(self._in_lines().mT, checks.real(v, self.mask)), v)
-
-    def _product(self, P: Tensor, y: Tensor) -> Tensor:
-        nodes, channels = y.shape[-2:]
-        # A single column alone would go through a matrix-vector kernel, in a batch through another.
-        y = pad(y, (0, 1 if channels == 1 else 0, 0, P.shape[-1] - nodes))
-        batch = checks.broadcast_batch([P.shape[:-2], y.shape[:-2]], "P and y")
-        flat = [x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (P, y)]
-        return torch.bmm(*flat).reshape(*batch, *y.shape[-2:])[..., :nodes, :channels]
+        return self._staying(product(self._in_lines().mT, checks.real(v, self.mask)), v)
 
     def _in_lines(self) -> Tensor:
         """P filled up to whole 64-byte lines, so that a graph has the same bits alone and in a batch.
@@ -161,6 +156,19 @@ class DenseTransition(Transition):
         return self.P
 
 
+def product(P: Tensor, y: Tensor) -> Tensor:
+    """P y [..., N, K] for y [..., N, K] and P, or its transpose, filled up to whole lines."""
+    nodes, channels = y.shape[-2:]
+    # Narrow products that are not whole vectors wide are slower than wider ones; of one column they are not.
+    surplus = 0 if channels == 1 else -channels % COLUMNS
+    y = pad(y, (0, surplus, 0, P.shape[-1] - nodes))
+    batch = checks.broadcast_batch([P.shape[:-2], y.shape[:-2]], "P and y")
+    flat = [x.expand(*batch, *x.shape[-2:]).reshape(batch.numel(), *x.shape[-2:]) for x in (P, y)]
+    # Graph by graph: kernels for batches round differently.
+    products = torch.stack([graph @ signals for graph, signals in zip(*flat, strict=True)])
+    return products.reshape(*batch, *y.shape[-2:])[..., :nodes, :channels]
+
+
 def _without_padding(W: Tensor, mask: Tensor) -> Tensor:
     """The matrix between real nodes, and 1 from each padded node to itself."""
     checks.node_mask(mask, W.shape[:-1], W.device)
@@ -168,6 +176,12 @@ def _without_padding(W: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.unsqueeze(-1) & mask.unsqueeze(-2), W, eye * ~mask.unsqueeze(-1))
 
 
+def whole_lines(nodes: int, dtype: torch.dtype) -> int:
+    """The number of entries, at least `nodes`, that fill up lines of 64 bytes."""
+    line = 64 // dtype.itemsize
+    return -(-nodes // line) * line
+
+
 def _filled_up(P: Tensor) -> Tensor:
-    surplus = -P.shape[-1] % (64 // P.dtype.itemsize)
+    surplus = whole_lines(P.shape[-1], P.dtype) - P.shape[-1]
     return pad(P, (0, surplus, 0, surplus))

@@ -67,14 +67,6 @@ def _products(operator: Transition, mu: Tensor, tol: float) -> int:
 class WatchedWalk(Solver):
     """Walks, and hands over to BiCGSTAB what shrinks by a factor above `SLOW` a step."""
 
-    def prepare(self, operator: Transition, mu: Tensor) -> Problem:
-        """Nothing to do beforehand."""
-        return Problem(operator, mu)
-
-    def transposed(self, state: Problem) -> Problem:
-        """The same with Pᵀ."""
-        return Problem(state.operator.T, state.mu)
-
     def solve(self, state: Problem, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Walk and watch, and go on with BiCGSTAB where that is faster."""
         walk, norm = Walk(), norm_of(state.operator)

@@ -119,13 +119,15 @@ class Limits(NamedTuple):
 class Solver(ABC):
     """A method for (I − MP) x = b. Frozen, without tolerances: those belong to the call."""
 
-    @abstractmethod
     def prepare(self, operator: Transition, mu: Tensor) -> Any:
-        """What can be done once for many right-hand sides. `mu` is [..., 1 or N, 1 or K].
+        """What can be done once for many right-hand sides: unless written, to hold the walk for products.
+
+        `mu` is [..., 1 or N, 1 or K].
 
         Raises:
             ValueError: The method does not apply to such a walk; the message names one that does.
         """
+        return Problem(operator.held(), mu)
 
     @abstractmethod
     def solve(self, state: Any, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
@@ -136,7 +138,7 @@ class Solver(ABC):
         """
 
     def transposed(self, state: Any) -> Any:
-        """A state for the transposed operator made of this one, or None to have it prepared anew."""
+        """A state for the transposed operator made of this one, where that is worth keeping; else None."""
         return None
 
     def __str__(self) -> str:

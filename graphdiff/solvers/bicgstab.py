@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphdiff.operators.base import Transition
 from graphdiff.solvers.base import Iterate, Limits, Problem, Solver, carry_on, inner, residual_bound, steps_to
 from graphdiff.solvers.walk import Walk
 
@@ -24,14 +23,6 @@ class BiCGSTAB(Solver):
         >>> gd.solve(P, torch.tensor([1.0, 0.0, 0.0]), mu=0.9, solver=gd.solvers.BiCGSTAB()).solver
         'BiCGSTAB()'
     """
-
-    def prepare(self, operator: Transition, mu: Tensor) -> Problem:
-        """Nothing to do beforehand."""
-        return Problem(operator, mu)
-
-    def transposed(self, state: Problem) -> Problem:
-        """The same with Pᵀ."""
-        return Problem(state.operator.T, state.mu)
 
     def solve(self, state: Problem, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Iterate until the bound of each right-hand side is below its target."""

@@ -56,13 +56,9 @@ class CG(Solver):
 
     def prepare(self, operator: Transition, mu: Tensor) -> Weighted:
         """The weights of the inner product."""
-        log_degree = check_reversible(operator, "CG").unsqueeze(-1)
-        return Weighted(operator, mu, log_degree - log_degree.amax(-2, keepdim=True))
-
-    def transposed(self, state: Weighted) -> Weighted:
-        """The same with Pᵀ, which is self-adjoint with 1/d in place of d."""
-        log_weight = state.log_weight.amin(-2, keepdim=True) - state.log_weight
-        return Weighted(state.operator.T, state.mu, log_weight)
+        held = operator.held()
+        log_degree = check_reversible(held, "CG").unsqueeze(-1)
+        return Weighted(held, mu, log_degree - log_degree.amax(-2, keepdim=True))
 
     def solve(self, state: Weighted, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Iterate until the bound of each right-hand side is below its target."""

@@ -40,12 +40,9 @@ class Chebyshev(Solver):
 
     def prepare(self, operator: Transition, mu: Tensor) -> Problem:
         """Check that the walk is reversible."""
-        check_reversible(operator, "Chebyshev")
-        return Problem(operator, mu)
-
-    def transposed(self, state: Problem) -> Problem:
-        """The same with Pᵀ, whose spectrum is P's."""
-        return Problem(state.operator.T, state.mu)
+        held = operator.held()
+        check_reversible(held, "Chebyshev")
+        return Problem(held, mu)
 
     def solve(self, state: Problem, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Iterate until the bound of each right-hand side is below its target."""

@@ -58,13 +58,7 @@ class Shifted(Solver):
 
     def prepare(self, operator: Transition, mu: Tensor) -> Weighted | Problem:
         """The weights of the inner product, where the walk is reversible."""
-        return CG().prepare(operator, mu) if operator.reversible else Problem(operator, mu)
-
-    def transposed(self, state: Weighted | Problem) -> Weighted | Problem:
-        """The same with Pᵀ."""
-        if isinstance(state, Weighted):
-            return CG().transposed(state)
-        return Problem(state.operator.T, state.mu)
+        return CG().prepare(operator, mu) if operator.reversible else Problem(operator.held(), mu)
 
     def solve(
         self, state: Weighted | Problem, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphdiff.operators.base import Transition
 from graphdiff.solvers.base import Iterate, Limits, Problem, Solver, residual_bound, steps_to
 
 
@@ -24,10 +23,6 @@ class Walk(Solver):
         >>> bool(sol.converged), sol.solver
         (True, 'Walk()')
     """
-
-    def prepare(self, operator: Transition, mu: Tensor) -> Problem:
-        """Nothing to do beforehand."""
-        return Problem(operator, mu)
 
     def solve(self, state: Problem, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Walk until the bound of each right-hand side is below its target.

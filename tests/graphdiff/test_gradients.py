@@ -1,7 +1,9 @@
 """Gradients of a solve: theory 9, first and second order, over every operator and solver."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -132,7 +134,7 @@ def test_a_backward_that_misses_its_promise_warns():
 
 @pytest.mark.parametrize("name", ["CG", "Chebyshev", "BiCGSTAB"])
 def test_the_backward_takes_about_as_many_products_as_the_forward(name):
-    """What was prepared for P serves Pᵀ: with other weights CG would give up and go on as Chebyshev."""
+    """With wrong weights for Pᵀ, CG would give up and go on as Chebyshev."""
     counts = {"P": 0, "PT": 0}
 
     class Counted(gd.AttentionTransition):
@@ -144,6 +146,9 @@ def test_the_backward_takes_about_as_many_products_as_the_forward(name):
             counts["PT"] += 1
             return super().rmatmul(v)
 
+        def held(self):
+            return self
+
     g = torch.Generator().manual_seed(3)
     psi = 1.5 * torch.randn(300, 4, generator=g, dtype=torch.float64)
     s = torch.randn(300, 2, generator=g, dtype=torch.float64).requires_grad_()
@@ -152,6 +157,25 @@ def test_the_backward_takes_about_as_many_products_as_the_forward(name):
     y.backward(torch.randn(300, 2, generator=g, dtype=torch.float64))
     assert forward > 20
     assert counts["PT"] < 1.5 * forward
+
+
+def test_the_matrix_of_a_walk_is_not_kept_for_the_backward():
+    matrices = []
+
+    class Watched(gd.AttentionTransition):
+        def held(self):
+            held = super().held()
+            matrices.append(weakref.ref(held.matrix))
+            return held
+
+    psi = torch.randn(300, 4, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    y = gd.diffuse(Watched(psi), torch.arange(300.0), 0.9, solver=gd.solvers.CG())
+    gc.collect()
+    assert matrices
+    assert not [matrix for matrix in matrices if matrix() is not None]
+    (gradient,) = torch.autograd.grad(y.square().sum(), psi)
+    assert len(matrices) > 1
+    assert gradient.isfinite().all()
 
 
 def test_no_graph_of_the_steps_is_kept():
