@@ -75,12 +75,15 @@ def true_errors(label, arguments):
 
 # --- The cascade
 
+CASCADES = {"on the grid": True, "as DifNet-18's": False}
 
-def features(side, device):
-    """Five maps as DifNet-18's similarity branch has them, smooth as such maps are."""
+
+def features(side, device, on_grid=False):
+    """Five maps as DifNet-18's similarity branch has them, smooth as such maps are; or all on the grid."""
     generator = torch.Generator().manual_seed(4)
     maps = []
-    for channels, size in ((3, 8 * side), (64, 2 * side), (128, side), (256, side), (512, side)):
+    for channels, finer in ((3, 8), (64, 2), (128, 1), (256, 1), (512, 1)):
+        size = side if on_grid else finer * side
         noise = torch.randn(1, channels, size, size, generator=generator)
         maps.append(5 * torch.nn.functional.avg_pool2d(noise, 5, 1, 2).to(device))
     return maps
@@ -96,10 +99,10 @@ def plain_cascade(cascade, seed, maps):
     return y.mT.reshape(seed.shape)
 
 
-def cascade_step(way, side, device):
+def cascade_step(way, side, device, on_grid):
     torch.manual_seed(5)
     cascade = gd.CascadedWalk([3, 64, 128, 256, 512]).to(device)
-    maps = features(side, device)
+    maps = features(side, device, on_grid)
     seed = torch.randn(1, K, side, side, device=device).requires_grad_()
     g = torch.randn(1, K, side, side, device=device)
 
@@ -120,9 +123,9 @@ def grown(function):
 def own_peak(what, way, nodes, device):
     """In a process of its own, after a small problem: libraries then have what they need."""
     walk = {"plain": plain, "ours": ours}[way]
-    if what == "cascade":
-        cascade_step(way, 8, device)()
-        return grown(cascade_step(way, round(nodes**0.5), device))
+    if what in CASCADES:
+        cascade_step(way, 8, device, CASCADES[what])()
+        return grown(cascade_step(way, round(nodes**0.5), device, CASCADES[what]))
     PASSES[what](walk, *problem(300, 1, device))
     arguments = problem(nodes, 1, device)
     return grown(lambda: PASSES[what](walk, *arguments))
@@ -143,7 +146,7 @@ def main():
         print(own_peak(what, way, int(nodes), device))
         return
     rates = Rates(device=device)
-    print(f"{environment()}; d = {D}, K = {K}, float32. {str(rates).capitalize()}.\n")
+    print(f"{environment()}; d = {D}, K = {K}, float32. In the same run {rates}.\n")
     head(
         "nodes",
         "batch",
@@ -184,21 +187,22 @@ def main():
                     f"{errors[0]:.0e}",
                     f"{errors[1]:.0e}",
                 )
-    print("\nA cascade of five walks on maps as DifNet-18's, embeddings included, forward + backward:\n")
-    head("nodes", "plain, ms", "ours, ms", "times faster")
+    print("\nA cascade of five walks, embeddings included, forward + backward:\n")
+    head("nodes", "features", "plain, ms", "ours, ms", "times faster", numbers=(0, 2, 3, 4))
     for nodes in options.nodes:
-        side = round(nodes**0.5)
-        found = in_turn({way: cascade_step(way, side, device) for way in ("plain", "ours")}, options.rounds)
-        plain_ms, ours_ms = (1e3 * found[way][0] for way in ("plain", "ours"))
-        row(nodes, f"{plain_ms:.0f}", f"{ours_ms:.0f}", f"{found['ours'][1]:.2f}")
+        for title, on_grid in CASCADES.items():
+            steps = {way: cascade_step(way, round(nodes**0.5), device, on_grid) for way in ("plain", "ours")}
+            found = in_turn(steps, options.rounds)
+            plain_ms, ours_ms = (1e3 * found[way][0] for way in ("plain", "ours"))
+            row(nodes, title, f"{plain_ms:.0f}", f"{ours_ms:.0f}", f"{found['ours'][1]:.2f}")
     if device.type != "cpu":
         return
     print("\nMemory beyond inputs, outputs and gradients, batch 1, MB:\n")
     head("nodes", "pass", "plain", "ours", "part", numbers=(0, 2, 3, 4))
     for nodes in (n for n in options.nodes if n >= 4096):
-        for what in (*PASSES, "cascade"):
+        for what in (*PASSES, *CASCADES):
             used = [in_process("attention.py", "--memory-of", what, way, nodes) for way in ("plain", "ours")]
-            label = "cascade, forward + backward" if what == "cascade" else what
+            label = f"cascade, {what}, forward + backward" if what in CASCADES else what
             row(nodes, label, *(f"{x / 1e6:.1f}" for x in used), f"{used[1] / used[0]:.1%}")
 
 
