@@ -134,7 +134,7 @@ def start_from(model: nn.Module, path: Path, classes: tuple[str, ...]) -> list[s
         raise UsageError(
             f"--init-from {path} is of another architecture ({made.model} on {made.backbone}): "
             f"{len(foreign)} tensors differ, {foreign[0]} first; give --model, --backbone, "
-            "--walks and --aspp as it had them"
+            "--aspp and what says how it diffuses (--walks, --diffusion, ...) as it had them"
         )
     fresh = sorted({name.split(".")[0] for name in differing})
     model.load_state_dict(

@@ -27,6 +27,9 @@ RECIPES = {"shapes": "shapes", "voc": "paper", "voc-aug": "paper", "context": "p
 _CHOICES = ("paper", "modern")
 """What --recipe may say; shapes has its own."""
 
+_OF_WALKS = ("walks", "affinity_scale", "transitions")
+"""Options of no use where nothing walks."""
+
 _OF_DATASET = {"voc-aug": {"train_split": "trainaug"}}
 """Values that belong to a data set, whatever its recipe."""
 
@@ -90,6 +93,29 @@ class Config:
     affinity_scale: Annotated[
         float, _option("Factor on the inner products of the walks' embeddings; the paper's is 1.", low=0)
     ] = 1.0
+    diffusion: Annotated[
+        Literal["cascade", "exact", "none"],
+        _option(
+            "The paper's cascade of walks, one exact diffusion on the embeddings of all --walks together, or "
+            "none: the seed is upsampled as it is."
+        ),
+    ] = "cascade"
+    transitions: Annotated[
+        Literal["hierarchical", "last"],
+        _option("A P for each walk of the cascade, or for all the one of the last of --walks."),
+    ] = "hierarchical"
+    fixed_mu: Annotated[
+        float | None, _option("Value to fix every µ at, instead of learning it.", low=0, high=1)
+    ] = None
+    fixed_beta: Annotated[
+        float | None,
+        _option(
+            "Value to fix every β at, instead of learning it; 1 leaves the identity mapping out.",
+            low=0,
+            high=1,
+        ),
+    ] = None
+    importance: Annotated[bool, _option("Weight the score by the importance M; without, s = x.")] = True
 
     output_dir: Annotated[
         str | None, _option("Folder of the run. [default: runs/DATASET-MODEL-BACKBONE]")
@@ -178,6 +204,7 @@ class Config:
             )
         if self.similarity_backbone is not None and self.model == "sim-deeplab":
             raise UsageError("--similarity-backbone belongs to --model difnet: sim-deeplab has one branch")
+        self._check_diffusion()
         if not 0 < self.affinity_scale < math.inf:
             raise UsageError(
                 f"--affinity-scale {self.affinity_scale} would make all pixels alike: give a factor > 0"
@@ -191,6 +218,34 @@ class Config:
                 f"--walks {','.join(str(w) for w in self.walks)}: expected distinct numbers from 0 to 4 "
                 "in rising order, such as 0,2,4"
             )
+
+    def _check_diffusion(self) -> None:
+        """Refuse what the chosen diffusion has no use for."""
+        if self.transitions == "last" and self.diffusion != "cascade":
+            raise UsageError(
+                f"--transitions last belongs to --diffusion cascade: {self.diffusion} has no steps to share "
+                "a P; for one exact diffusion on layer4 alone pass --diffusion exact --walks 4"
+            )
+        if self.fixed_beta is not None and self.diffusion != "cascade":
+            raise UsageError(f"--fixed-beta belongs to --diffusion cascade: {self.diffusion} has no β")
+        if self.fixed_mu is not None and self.diffusion == "none":
+            raise UsageError("--fixed-mu belongs to --diffusion cascade or exact: none has no µ")
+        if self.similarity_backbone is not None and self.diffusion == "none":
+            raise UsageError(
+                "--similarity-backbone belongs to --diffusion cascade or exact: none has no similarity branch"
+            )
+        if self.fixed_mu == 1:
+            raise UsageError("--fixed-mu 1 would forget the seed: give less, such as 0.9")
+        if 0 in (self.fixed_mu, self.fixed_beta):
+            option = "--fixed-mu" if self.fixed_mu == 0 else "--fixed-beta"
+            raise UsageError(f"{option} 0 would leave the seed as it is: give more, or pass --diffusion none")
+
+    @property
+    def walk_features(self) -> tuple[int, ...]:
+        """What the transitions are made from: 0 is the image, 1 to 4 are layer1 to layer4."""
+        if self.model == "sim-deeplab" or self.diffusion == "none":
+            return ()
+        return self.walks if self.transitions == "hierarchical" else self.walks[-1:]
 
     @property
     def run_dir(self) -> Path:
@@ -237,10 +292,18 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None) -> Config:
     """Merge recipe < config file < flags; keys whose value is None are not given."""
     file = {} if config_file is None else _checked(_read_yaml(config_file), str(config_file))
     given = _checked(flags, "the command line")
+    # A saved config names every option, with use or without; whoever gives a flag wants it to do something.
     if given.get("model", file.get("model")) == "sim-deeplab":
-        for key in ("walks", "grid_stride", "affinity_scale"):
+        for key in (*_OF_WALKS, "grid_stride", "diffusion", "fixed_mu", "fixed_beta", "importance"):
             if key in given:
-                raise UsageError(f"{_flag(key)} belongs to --model difnet: sim-deeplab has no walks")
+                raise UsageError(
+                    f"{_flag(key, given[key])} belongs to --model difnet: sim-deeplab has no walks and no "
+                    "importance"
+                )
+    if given.get("diffusion", file.get("diffusion")) == "none":
+        for key in _OF_WALKS:
+            if key in given:
+                raise UsageError(f"{_flag(key)} belongs to --diffusion cascade or exact: none has no walks")
     dataset = given.get("dataset") or file.get("dataset") or Config.dataset
     values: dict[str, Any] = {}
     for layer in (_chosen_recipe(dataset, given, file), _OF_DATASET.get(dataset, {}), file, given):
@@ -416,5 +479,5 @@ def _expected(annotated: Any, option: Any) -> str:
     return names[annotated] + low + high
 
 
-def _flag(key: str) -> str:
-    return "--" + key.replace("_", "-")
+def _flag(key: str, value: Any = None) -> str:
+    return ("--no-" if value is False else "--") + key.replace("_", "-")

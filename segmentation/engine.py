@@ -55,7 +55,7 @@ def check_device(config: Config, device: torch.device, count: int) -> None:
             f"--batch-size {config.batch_size} is for all {count} processes together, each of which takes "
             f"{config.grad_accum_steps} equal pieces: give a multiple of {count * config.grad_accum_steps}"
         )
-    if config.deterministic and not on_cpu and config.model == "difnet" and {0, 1} & set(config.walks):
+    if config.deterministic and not on_cpu and {0, 1} & set(config.walk_features):
         raise UsageError(
             "--deterministic: walks 0 and 1 pool adaptively, which has no deterministic gradient on a GPU; "
             "pass --walks 2,3,4, --model sim-deeplab or --device cpu"
@@ -96,6 +96,11 @@ def build_model(config: Config, num_classes: int) -> Model:
         config.grid_stride,
         config.similarity_backbone,
         config.affinity_scale,
+        config.diffusion,
+        config.transitions,
+        config.fixed_mu,
+        config.fixed_beta,
+        config.importance,
     )
 
 
@@ -142,7 +147,8 @@ def parameter_groups(
     Returns:
         Five groups, the first ones at the base rate and possibly empty.
     """
-    coefficients = list(model.cascade.coefficients()) if isinstance(model, DifNet) else []
+    walks = model.cascade if isinstance(model, DifNet) else None
+    coefficients = [] if walks is None else list(walks.coefficients())
     pretrained = {
         parameter
         for backbone, fresh in zip(model.backbones, fresh_parts, strict=True)
@@ -243,7 +249,7 @@ def metrics_row(
 
 @torch.no_grad()
 def walk_columns(model: DifNet, loader: Loader) -> dict[str, float]:
-    """DifNet's own columns of metrics.csv: of each walk µ, β, and the health of its P_t.
+    """DifNet's own columns of metrics.csv: of each step of its diffusion µ, β, and the health of its P_t.
 
     `diagonal` is the median diagonal of P_t: near 1, the walk moves nothing. `hub` is its largest column
     mass, Σ_i P_ij / N: near 1, the walk sends every node to one. Both are means over the loader's images.
@@ -251,19 +257,20 @@ def walk_columns(model: DifNet, loader: Loader) -> dict[str, float]:
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    seen = [torch.stack([_health(P) for P in model.transitions(image.to(device))]) for image, _ in loader]
+    seen = []
+    for image, _ in loader if model.steps else ():
+        walks = model.transitions(image.to(device))
+        # Steps may share one P.
+        healths = {P: _health(P) for P in dict.fromkeys(walks)}
+        seen.append(torch.stack([healths[P] for P in walks]))
     model.train(was_training)
-    health = torch.stack(seen).mean(0)
-    columns = {
-        "mu": model.cascade.mu,
-        "beta": model.cascade.beta,
-        "diagonal": health[:, 0],
-        "hub": health[:, 1],
-    }
+    columns = dict(model.coefficients)
+    if seen:
+        columns["diagonal"], columns["hub"] = torch.stack(seen).mean(0).T
     return {
-        f"{name}_{t}": float(v)
+        f"{name}_{step}": float(value)
         for name, values in columns.items()
-        for t, v in zip(model.walks, values, strict=True)
+        for step, value in zip(model.steps, values, strict=True)
     }
 
 

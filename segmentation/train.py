@@ -316,15 +316,22 @@ def _report(
         f"{scores.miou / scores.majority_miou:.1f} times the {100 * scores.majority_miou:.2f} of the "
         "majority class"
     )
-    if isinstance(model, DifNet):
-        mu, beta = model.cascade.mu.detach(), model.cascade.beta.detach()
-        moved = max(float((mu - 0.5).abs().max()), float((beta - 0.5).abs().max()))
+    if isinstance(model, DifNet) and model.steps:
+        learned = {"mu": config.fixed_mu is None, "beta": config.fixed_beta is None}
+        moved = 0.0
         print()
-        print("walk" + "".join(f"{walk:8d}" for walk in model.walks))
-        print("µ   " + "".join(f"{float(value):8.4f}" for value in mu))
-        print("β   " + "".join(f"{float(value):8.4f}" for value in beta))
-        if moved < 0.05:
-            print(f"(all start at 0.5; a run as short as this hardly moves them, here by up to {moved:.4f})")
+        print("walk" + "".join(f"{step:>8}" for step in model.steps))
+        for name, symbol in (("mu", "µ"), ("beta", "β")):
+            if name in model.coefficients:
+                values = model.coefficients[name].detach()
+                fixed = "" if learned[name] else "   (fixed)"
+                print(f"{symbol}   " + "".join(f"{float(value):8.4f}" for value in values) + fixed)
+                moved = max(moved, float((values - 0.5).abs().max()) if learned[name] else 0.0)
+        if any(learned[name] for name in model.coefficients) and moved < 0.05:
+            print(
+                f"(learned, they start at 0.5; a run as short as this hardly moves them, here by up to "
+                f"{moved:.4f})"
+            )
     print()
     for file in run.files():
         print(f"wrote {file}")
