@@ -138,6 +138,13 @@ class Config:
     crop_size: Annotated[int, _option("Side of training crops in pixels, best of the form 8k+1.", low=1)]
     scale: Annotated[tuple[float, float], _option("Range of the random scale in training.")]
 
+    msc: Annotated[
+        bool,
+        _option(
+            "Multi-scale training as in DeepLabV2: a loss at scales 1, 0.75 and 0.5 and one at their "
+            "maximum, summed; scored by the maximum."
+        ),
+    ] = False
     bn: Annotated[
         Literal["train", "sync", "frozen"],
         _option(

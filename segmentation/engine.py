@@ -193,7 +193,11 @@ def summed_loss(logits: Tensor, label: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: Model, loader: Loader, num_classes: int, interrupted: Callable[[], bool] = lambda: False
+    model: Model,
+    loader: Loader,
+    num_classes: int,
+    interrupted: Callable[[], bool] = lambda: False,
+    seen: Callable[[Model, Tensor], Tensor] | None = None,
 ) -> Scores | None:
     """Score a split at the images' own sizes with one confusion matrix; void and padding do not count.
 
@@ -204,6 +208,7 @@ def evaluate(
         loader: gives one image at a time, padded right and below, with its label unpadded.
         num_classes: of the data.
         interrupted: asked before each image; True, in any process, ends the scoring.
+        seen: gives a model's logits of images that are not padded; the model's own of padded ones if None.
 
     Returns:
         The scores, or None if interrupted.
@@ -219,7 +224,11 @@ def evaluate(
             if stopped:
                 break
             height, width = label.shape[-2:]
-            logits = model(image.to(device))[..., :height, :width]
+            image = image.to(device)
+            if seen is None:
+                logits = model(image)[..., :height, :width]
+            else:
+                logits = seen(model, image[..., :height, :width])
             matrix.update(logits.argmax(1), label.to(device))
     finally:
         model.train(was_training)

@@ -19,6 +19,8 @@ from segmentation.config import Config, with_config_options
 from segmentation.errors import UsageError, told_in_one_line
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from segmentation.data import SegmentationDataset
     from segmentation.engine import Model
     from segmentation.metrics import Scores
@@ -59,6 +61,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     from segmentation.data import loader
     from segmentation.data.transforms import training_transform
     from segmentation.files import WriteFault
+    from segmentation.inference import views_for
     from segmentation.models import DifNet
     from segmentation.models.backbone import load_pretrained, parts
     from segmentation.progress import Progress, StopSignal
@@ -154,6 +157,11 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     def left() -> str:
         return f"{saved}, to go on from by --resume auto" if saved else "no step was saved yet"
 
+    views = views_for(config)
+
+    def seen(model: Model, image: Tensor) -> Tensor:
+        return views.logits(model, image, validation_set.eval_size)
+
     def save_state() -> None:
         nonlocal saved, last_saved
         if rank == 0:
@@ -195,12 +203,12 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
         with StopSignal(patient=ranks > 1) as stop, processes.loss_told():
             trainer.settle()
             few_more = loader.evaluation_loader(scored, 0, SANITY_IMAGES)
-            engine.evaluate(trainer.scored, few_more, len(classes))
+            engine.evaluate(trainer.scored, few_more, len(classes), lambda: False, seen)
             while True:
                 if at.evaluation_due:
                     trainer.settle()
                     scores = engine.evaluate(
-                        trainer.scored, validation, len(classes), lambda: stop.received is not None
+                        trainer.scored, validation, len(classes), lambda: stop.received is not None, seen
                     )
                     if scores is None:
                         break

@@ -49,7 +49,7 @@ FLOORS = {
         ["errors", "files", "processes", "commandline"],
         ["data", "data.transforms", "data.shapes", "data.labels", "data.folder"],
         ["data.voc", "data.archives", "data.sbd", "data.coco", "data.context", "data.loader"],
-        ["models.backbone", "models.heads", "models.deeplab", "models.difnet", "models"],
+        ["models.backbone", "models.heads", "models.deeplab", "models.difnet", "models.multiscale", "models"],
         ["metrics", "boundary", "fragments"],
         ["config"],
         ["checkpoint", "rundir", "progress", "figures", "images"],
