@@ -70,6 +70,21 @@ class Config:
     similarity_backbone: Annotated[
         str | None, _option("Another one for the similarity branch. [default: --backbone]")
     ] = None
+    seed_model: Annotated[
+        Literal[
+            "fcn_resnet50",
+            "fcn_resnet101",
+            "deeplabv3_resnet50",
+            "deeplabv3_resnet101",
+            "deeplabv3_mobilenet_v3_large",
+            "lraspp_mobilenet_v3_large",
+        ]
+        | None,
+        _option(
+            "A network of torchvision's as DifNet's seed branch, in place of --backbone with ASPP; its "
+            "weights are the first of --weights-backbone FILE,FILE."
+        ),
+    ] = None
     weights_backbone: Annotated[
         str,
         _option(
@@ -216,6 +231,16 @@ class Config:
             raise UsageError(
                 f"--affinity-scale {self.affinity_scale} would make all pixels alike: give a factor > 0"
             )
+        if self.seed_model is not None and self.model == "sim-deeplab":
+            raise UsageError(
+                f"--seed-model belongs to --model difnet: for {self.seed_model} alone pass --diffusion none "
+                "--no-importance"
+            )
+        if self.seed_model is not None and self.branches[0][1] == "hub":
+            raise UsageError(
+                f"--weights-backbone hub: timm has no {self.seed_model}; name a file of torchvision's "
+                "weights, or none, as in --weights-backbone none,hub"
+            )
         if not 0 < self.scale[0] <= self.scale[1]:
             raise UsageError(
                 f"--scale {self.scale[0]} {self.scale[1]}: expected two factors, 0 < low <= high"
@@ -257,16 +282,21 @@ class Config:
     @property
     def run_dir(self) -> Path:
         """Folder of the run."""
-        return Path(self.output_dir or f"runs/{self.dataset}-{self.model}-{self.backbone}")
+        return Path(self.output_dir or f"runs/{self.dataset}-{self.model}-{self.seed_model or self.backbone}")
 
     @property
     def branches(self) -> list[tuple[str, str]]:
-        """Of each branch the backbone, and where its weights come from."""
-        second = self.similarity_backbone or self.backbone
-        if self.model == "sim-deeplab":
-            return [(self.backbone, self.weights_backbone)]
-        sources = self.weights_backbone.split(",") if second != self.backbone else [self.weights_backbone]
-        return [(self.backbone, sources[0]), (second, sources[-1])]
+        """Of each branch that there is the network, and where its weights come from."""
+        first, second = self.seed_model or self.backbone, self.similarity_backbone or self.backbone
+        sources = self.weights_backbone.split(",") if second != first else [self.weights_backbone]
+        both = [(first, sources[0]), (second, sources[-1])]
+        # The image alone needs no second branch.
+        return both if any(walk > 0 for walk in self.walk_features) else both[:1]
+
+    @property
+    def networks(self) -> str:
+        """Names of the branches' networks, for a line."""
+        return " and ".join(dict.fromkeys(name for name, _ in self.branches))
 
     @property
     def weight_files(self) -> list[str]:
@@ -311,6 +341,10 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None) -> Config:
         for key in _OF_WALKS:
             if key in given:
                 raise UsageError(f"{_flag(key)} belongs to --diffusion cascade or exact: none has no walks")
+    if "aspp" in given and given.get("seed_model", file.get("seed_model")):
+        raise UsageError(
+            f"{_flag('aspp', given['aspp'])} has no use with --seed-model, which has a head of its own"
+        )
     dataset = given.get("dataset") or file.get("dataset") or Config.dataset
     values: dict[str, Any] = {}
     for layer in (_chosen_recipe(dataset, given, file), _OF_DATASET.get(dataset, {}), file, given):

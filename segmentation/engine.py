@@ -23,7 +23,7 @@ from segmentation.data.shapes import ShapesDataset
 from segmentation.data.voc import VOCDataset
 from segmentation.errors import UsageError
 from segmentation.metrics import ConfusionMatrix, Scores
-from segmentation.models import DifNet, SimDeepLab
+from segmentation.models import DifNet, SimDeepLab, backbone, fcn
 
 Model = DifNet | SimDeepLab
 Loader = DataLoader[tuple[Tensor, Tensor]]
@@ -54,6 +54,12 @@ def check_device(config: Config, device: torch.device, count: int) -> None:
         raise UsageError(
             f"--batch-size {config.batch_size} is for all {count} processes together, each of which takes "
             f"{config.grad_accum_steps} equal pieces: give a multiple of {count * config.grad_accum_steps}"
+        )
+    at_once = config.batch_size // (config.grad_accum_steps * (1 if config.bn == "sync" else count))
+    if at_once == 1 and str(config.seed_model).startswith("deeplabv3"):
+        raise UsageError(
+            f"--seed-model {config.seed_model} normalises what it pools to one pixel, and cannot learn from "
+            "one image at a time: raise --batch-size, or lower --grad-accum-steps"
         )
     if config.deterministic and not on_cpu and {0, 1} & set(config.walk_features):
         raise UsageError(
@@ -89,19 +95,32 @@ def build_model(config: Config, num_classes: int) -> Model:
     if config.model == "sim-deeplab":
         return SimDeepLab(config.backbone, num_classes, config.aspp)
     return DifNet(
-        config.backbone,
+        config.backbone if config.seed_model is None else fcn.seed_model(config.seed_model, num_classes),
         num_classes,
-        config.aspp,
-        config.walks,
-        config.grid_stride,
-        config.similarity_backbone,
-        config.affinity_scale,
-        config.diffusion,
-        config.transitions,
-        config.fixed_mu,
-        config.fixed_beta,
-        config.importance,
+        None if config.diffusion == "none" else config.similarity_backbone or config.backbone,
+        aspp=config.aspp,
+        walks=config.walks,
+        grid_stride=config.grid_stride,
+        affinity_scale=config.affinity_scale,
+        diffusion=config.diffusion,
+        transitions=config.transitions,
+        fixed_mu=config.fixed_mu,
+        fixed_beta=config.fixed_beta,
+        importance=config.importance,
     )
+
+
+def branch_parts(config: Config) -> list[tuple[str, ...]]:
+    """Of each branch the parts that its weights are told by, in order."""
+    return [fcn.PARTS if name == config.seed_model else backbone.parts(name) for name, _ in config.branches]
+
+
+def start_branches(model: Model, config: Config) -> list[frozenset[str]]:
+    """Start each branch from the config's weights; return the parts of it that start fresh."""
+    return [
+        (fcn if name == config.seed_model else backbone).load_pretrained(network, name, source)
+        for network, (name, source) in zip(model.backbones, config.branches, strict=True)
+    ]
 
 
 def steps_per_epoch(config: Config, images: int) -> int:
@@ -151,8 +170,8 @@ def parameter_groups(
     coefficients = [] if walks is None else list(walks.coefficients())
     pretrained = {
         parameter
-        for backbone, fresh in zip(model.backbones, fresh_parts, strict=True)
-        for name, parameter in backbone.named_parameters()
+        for branch, fresh in zip(model.backbones, fresh_parts, strict=True)
+        for name, parameter in branch.named_parameters()
         if name.split(".")[0] not in fresh
     }
     norms = {

@@ -128,7 +128,7 @@ def evaluate(
         "pixel_accuracy": scores.pixel_accuracy, "mean_accuracy": scores.mean_accuracy,
         "fw_iou": scores.fw_iou,
     }  # fmt: skip
-    print(f"{checkpoint}: {config.model} on {config.backbone}, step {about.step}")
+    print(f"{checkpoint}: {config.model} on {config.networks}, step {about.step}")
     print(f"protocol: {protocol}")
     print(scores.table(classes))
     print(

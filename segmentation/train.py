@@ -63,7 +63,6 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     from segmentation.files import WriteFault
     from segmentation.inference import views_for
     from segmentation.models import DifNet
-    from segmentation.models.backbone import load_pretrained, parts
     from segmentation.progress import Progress, StopSignal
     from segmentation.rundir import RunDir, environment, weights_sha256
     from segmentation.trainer import Trainer
@@ -88,7 +87,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     run = RunDir(config.run_dir)
     state_file = run.state_to_resume(resume, overwrite)
     state = None if state_file is None else checkpoint.load_state(state_file)
-    all_parts = [frozenset(parts(backbone)) for backbone, _ in config.branches]
+    all_parts = [frozenset(parts) for parts in engine.branch_parts(config)]
     training_set = engine.build_dataset(config, config.train_split)
     validation_set = engine.build_dataset(config, config.val_split)
     classes = training_set.classes
@@ -108,9 +107,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
             told = checkpoint.start_from(model, Path(config.init_from), classes)
             fresh_parts = [frozenset() for _ in model.backbones]
         else:
-            # With walk 0 alone there is no second branch.
-            started = zip(model.backbones, config.branches, strict=False)
-            fresh_parts = [load_pretrained(network, *branch) for network, branch in started]
+            fresh_parts = engine.start_branches(model, config)
         hashes = weights_sha256(config.weight_files)
     if config.bn == "frozen" and all(map(frozenset.__eq__, fresh_parts, all_parts)):
         raise UsageError(
@@ -262,24 +259,24 @@ def _introduction(
     where: str,
 ) -> list[str]:
     """What is about to be done, in a few lines."""
-    from segmentation.models.backbone import parts
+    from segmentation import engine
 
     starts = []
-    for (backbone, source), fresh in zip(config.branches, fresh_parts, strict=False):
-        some = [part for part in parts(backbone) if part in fresh]
+    branches = zip(config.branches, engine.branch_parts(config), fresh_parts, strict=True)
+    for (backbone, source), parts, fresh in branches:
+        some = [part for part in parts if part in fresh]
         if config.init_from is not None:
             start = f"the backbone starts from {config.init_from}"
-        elif some == list(parts(backbone)):
+        elif some == list(parts):
             start = "all parts of the backbone start fresh (random weights)"
         elif some:
             start = f"{source} covers the backbone only in part: {', '.join(some)} starts fresh"
         else:
             start = f"the backbone starts from {source}"
-        starts.append(start if config.similarity_backbone is None else f"{backbone}: {start}")
-    names = " and ".join(dict.fromkeys(backbone for backbone, _ in config.branches))
+        starts.append(f"{backbone}: {start}" if " and " in config.networks else start)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     return [
-        f"{config.model} on {names}, {millions:.2f} M parameters, {len(training_set.classes)} "
+        f"{config.model} on {config.networks}, {millions:.2f} M parameters, {len(training_set.classes)} "
         f"classes; {'; '.join(dict.fromkeys(starts))}",
         f"{config.dataset}: {len(training_set)} images to train on ({config.train_split}), "
         f"{len(validation_set)} to score ({config.val_split}); {total} steps of {config.batch_size} on "
