@@ -353,6 +353,9 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None) -> Config:
         if "epochs" in layer or "max_steps" in layer:
             values.pop("epochs", None)
             values.pop("max_steps", None)
+        if "init_from" in layer or "weights_backbone" in layer:
+            values.pop("init_from", None)
+            values.pop("weights_backbone", None)
         values.update(layer)
     if "weights_backbone" not in values and "init_from" in values:
         values["weights_backbone"] = "none"

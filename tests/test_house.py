@@ -134,7 +134,12 @@ def test_the_wheel_installs_elsewhere(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
-    for needed in ("graphdiff/py.typed", "segmentation/py.typed", "segmentation/configs/shapes.yaml"):
+    for needed in (
+        "graphdiff/py.typed",
+        "segmentation/py.typed",
+        "segmentation/configs/shapes.yaml",
+        "segmentation/configs/paper/voc-difnet-50.yaml",
+    ):
         assert needed in names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
     script = (

@@ -143,7 +143,7 @@ def test_a_variant_trains_is_logged_drawn_saved_and_loaded(variant, tmp_path, ca
     assert all(0 <= float(row[name]) <= 1 for name in own)
     assert (run / "panel.png").stat().st_size > 10_000
 
-    scores = evaluate(run / "last.safetensors", limit_batches=1, out=tmp_path / "scores", panel=1, threads=1)
+    scores = evaluate(run / "last.safetensors", limit_batches=1, threads=1)
     assert scores.miou == float(row["miou"])
     model, classes, _ = segmentation.load(run / "last.safetensors")
     with torch.no_grad():
