@@ -44,7 +44,7 @@ def test_the_document_has_every_configuration_and_no_other():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_system_of_the_paper_has_the_paper_s_training_and_as_many_parameters_as_told(name):
+def test_a_system_of_the_paper_trains_as_there_and_has_the_parameters_that_are_told(name):
     config = resolve({"data_path": "DIR"}, CONFIGS[name])
     assert (config.recipe, config.batch_size, config.crop_size) == ("paper", 16, 321)
     assert config.epochs == (30 if config.dataset == "coco" else 200)
