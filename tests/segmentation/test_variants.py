@@ -12,14 +12,15 @@ from segmentation import engine
 from segmentation.config import resolve
 from segmentation.errors import UsageError
 from segmentation.evaluate import evaluate
-from segmentation.models import DifNet
+from segmentation.models import DifNet, SimDeepLab
 from segmentation.train import train
 from tests.segmentation.conftest import tiny
 
 VARIANTS = {
     "exact": {"diffusion": "exact"},
     "exact, fixed µ": {"diffusion": "exact", "walks": (0, 3), "fixed_mu": 0.75},
-    "none": {"diffusion": "none", "importance": False},
+    "none": {"diffusion": "none"},
+    "none, no importance": {"diffusion": "none", "importance": False},
     "one P": {"transitions": "last", "walks": (0, 2, 3)},
     "one P, all fixed": {"transitions": "last", "walks": (0,), "fixed_mu": 0.75, "fixed_beta": 1.0},
     "fixed µ": {"fixed_mu": 0.75, "walks": (1, 4)},
@@ -97,6 +98,17 @@ def test_without_diffusion_the_similarity_branch_is_absent():
     assert count[0] < count[1] - 10e6
 
 
+def test_with_neither_walks_nor_importance_it_is_sim_deeplab():
+    torch.manual_seed(3)
+    image = torch.randn(1, 3, 41, 33)
+    baseline = SimDeepLab("resnet18", 4).eval()
+    model = DifNet("resnet18", 4, **VARIANTS["none, no importance"]).eval()
+    weights = {f"seed_branch.{name}": w for name, w in baseline.backbone.state_dict().items()}
+    model.load_state_dict(weights | {f"score.{name}": w for name, w in baseline.score.state_dict().items()})
+    with torch.no_grad():
+        assert torch.equal(model(image), baseline(image))
+
+
 def test_without_importance_the_score_is_the_seed():
     torch.manual_seed(3)
     maps = DifNet("resnet18", 4, importance=False)(torch.randn(2, 3, 33, 33), return_maps=True)
@@ -124,7 +136,7 @@ def test_fixed_values_stay_and_learned_ones_have_their_group():
 
 LOGGED = {
     "exact": ["mu_exact", "diagonal_exact", "hub_exact"],
-    "none": [],
+    "none, no importance": [],
     "one P, all fixed": ["mu_0", "beta_0", "diagonal_0", "hub_0"],
 }
 
@@ -134,7 +146,7 @@ def test_a_variant_trains_is_logged_drawn_saved_and_loaded(variant, tmp_path, ca
     run, columns = tmp_path / "run", LOGGED[variant]
     assert train(tiny(run, **VARIANTS[variant], max_steps=1, limit_val_batches=1)) == 0
     told = capsys.readouterr().out
-    assert ("walk" in told, "fixed" in told) == (variant != "none", variant == "one P, all fixed")
+    assert ("walk" in told, "fixed" in told) == (bool(columns), variant == "one P, all fixed")
     assert ("learned, they start at 0.5" in told) == (variant == "exact")
     with open(run / "metrics.csv", newline="") as stream:
         (row,) = csv.DictReader(stream)
