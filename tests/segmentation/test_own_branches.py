@@ -209,7 +209,10 @@ def test_what_the_branches_give_is_checked():
         DifNet(Out(8), 4, Maps(), similarity_channels=(4, 6)).eval()(image)
 
 
-@pytest.mark.parametrize("name", SEED_MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * name.endswith("101")) for name in SEED_MODELS],
+)
 def test_torchvisions_networks_are_seed_branches_that_learn(name):
     config = resolve({"seed_model": name, "max_steps": 2, "batch_size": 2, "walks": "0,2", "lr": 0.01}, None)
     torch.manual_seed(3)

@@ -17,10 +17,10 @@ from segmentation.trainer import Trainer
 ROOT = Path(__file__).parents[2]
 CONFIGS = {file.stem: file for file in sorted((ROOT / "configs" / "paper").glob("*.yaml"))}
 CLASSES = {"voc-aug": 21, "context": 60, "coco": 21}
-# Of depth 101, and built as another that differs from them in the number of classes or in its first weights.
+# Of depth 101, and built as others that differ from them in one option or the number of classes.
 ALIKE = {
     "coco-deeplab-101-msc", "coco-deeplab-101-msc-aspp", "context-deeplab-101-msc-coco", "context-difnet-101",
-    "context-difnet-101-noaspp",
+    "context-difnet-101-noaspp", "context-deeplab-101-msc-coco-aspp",
 }  # fmt: skip
 ROW = re.compile(r"\| (.*) \| `([a-z0-9-]+)` \| (.*) \| ([0-9,]+) \| (.+) \| (.+) \|")
 
