@@ -14,9 +14,7 @@ from importlib.metadata import version
 
 import torch
 from lightning.fabric import Fabric
-from torch import nn
 
-from graphdiff.nn import WalkStep
 from segmentation import engine
 from segmentation.config import resolve
 from segmentation.data import VOID
@@ -28,33 +26,17 @@ from segmentation.trainer import Trainer
 FOREVER = 10**9  # steps of the schedule: over a short run the rate stays what it is
 
 
-class All(nn.Module):
-    """M = 1."""
-
-    def forward(self, score):
-        return torch.ones_like(score[:, :1])
-
-
 def importance_from_random_weights(model):
     """What its last convolution had for weights before M was made to start near 0.9."""
     model.importance[-2].reset_parameters()
 
 
-def without_importance(model):
-    model.importance = All()
-
-
-def without_walks(model):
-    still = [WalkStep(0.0, 0.0, learn_mu=False, learn_beta=False) for _ in model.walks]
-    model.cascade.steps = nn.ModuleList(still)
-
-
 VARIANTS = [
     ("sim-deeplab", {"model": "sim-deeplab"}, ()),
     ("difnet", {}, ()),
-    ("difnet, M = 1", {}, (without_importance,)),
+    ("difnet, M = 1", {"importance": False}, ()),
     ("difnet, M from random weights", {}, (importance_from_random_weights,)),
-    ("the same, no walks", {}, (importance_from_random_weights, without_walks)),
+    ("the same, no walks", {"diffusion": "none"}, (importance_from_random_weights,)),
     ("the same, affinity scale 1/8", {"affinity_scale": 0.125}, (importance_from_random_weights,)),
 ]
 

@@ -24,6 +24,9 @@ from segmentation.files import whole
 FORMAT = "graphdiff-segmentation-1"
 STATE_FORMAT = "graphdiff-segmentation-state-2"
 
+_HEADS = ("score", "importance", "seed_branch.classifier")
+"""Parts whose size is that of the classes, the last one with --seed-model."""
+
 MAY_CHANGE_ON_RESUME = frozenset(
     # Where files lie, how fast the run goes and what it tells: none of these touches the weights.
     ("data_path", "weights_backbone", "init_from", "output_dir", "workers", "threads", "device",
@@ -127,18 +130,18 @@ def start_from(model: nn.Module, path: Path, classes: tuple[str, ...]) -> list[s
         for name in own.keys() | weights.keys()
         if name not in own or name not in weights or own[name].shape != weights[name].shape
     }
-    heads = {"score", "importance"} if len(classes) != len(description.classes) else set()
-    foreign = sorted(name for name in differing if name.split(".")[0] not in heads)
+    resized = len(classes) != len(description.classes)
+    foreign = sorted(name for name in differing if not (resized and _head(name)))
     if foreign:
         made = description.config
         raise UsageError(
-            f"--init-from {path} is of another architecture ({made.model} on {made.backbone}): "
+            f"--init-from {path} is of another architecture ({made.model} on {made.networks}): "
             f"{len(foreign)} tensors differ, {foreign[0]} first; give --model, --backbone, "
-            "--walks and --aspp as it had them"
+            "--aspp and what says how it diffuses (--walks, --diffusion, ...) as it had them"
         )
-    fresh = sorted({name.split(".")[0] for name in differing})
+    fresh = sorted({_head(name) for name in differing})
     model.load_state_dict(
-        {name: tensor for name, tensor in weights.items() if name.split(".")[0] not in fresh}, strict=False
+        {name: tensor for name, tensor in weights.items() if _head(name) not in fresh}, strict=False
     )
     lines = [f"weights of {path}, step {description.step}, {100 * description.miou:.2f} mIoU on its own data"]
     if fresh:
@@ -152,6 +155,11 @@ def start_from(model: nn.Module, path: Path, classes: tuple[str, ...]) -> list[s
             f"{', '.join(classes[:4])}, ...); its classifier is kept"
         )
     return lines
+
+
+def _head(name: str) -> str:
+    """Which of the parts that know the classes a tensor belongs to; "" for the others."""
+    return next((head for head in _HEADS if name.startswith(f"{head}.")), "")
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

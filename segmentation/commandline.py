@@ -11,11 +11,12 @@ from segmentation.errors import told_in_one_line
 
 Checkpoint = Annotated[Path, typer.Option(help="best.safetensors or last.safetensors of a run.")]
 Scales = Annotated[
-    list[float],
+    list[float] | None,
     typer.Option(
         "--scales",
         metavar="FACTOR ...",
         help="Factors on the image's sides; the model sees it at each, as in --scales 0.5 0.75 1.0.",
+        show_default="1; 0.5 0.75 1 if trained with --msc",
     ),
 ]
 Flip = Annotated[bool, typer.Option("--flip", help="See the image mirrored too, at each scale.")]

@@ -27,6 +27,9 @@ RECIPES = {"shapes": "shapes", "voc": "paper", "voc-aug": "paper", "context": "p
 _CHOICES = ("paper", "modern")
 """What --recipe may say; shapes has its own."""
 
+_OF_WALKS = ("walks", "affinity_scale", "transitions")
+"""Options of no use where nothing walks."""
+
 _OF_DATASET = {"voc-aug": {"train_split": "trainaug"}}
 """Values that belong to a data set, whatever its recipe."""
 
@@ -67,6 +70,21 @@ class Config:
     similarity_backbone: Annotated[
         str | None, _option("Another one for the similarity branch. [default: --backbone]")
     ] = None
+    seed_model: Annotated[
+        Literal[
+            "fcn_resnet50",
+            "fcn_resnet101",
+            "deeplabv3_resnet50",
+            "deeplabv3_resnet101",
+            "deeplabv3_mobilenet_v3_large",
+            "lraspp_mobilenet_v3_large",
+        ]
+        | None,
+        _option(
+            "A network of torchvision's as DifNet's seed branch, in place of --backbone with ASPP; its "
+            "weights are the first of --weights-backbone FILE,FILE."
+        ),
+    ] = None
     weights_backbone: Annotated[
         str,
         _option(
@@ -90,6 +108,29 @@ class Config:
     affinity_scale: Annotated[
         float, _option("Factor on the inner products of the walks' embeddings; the paper's is 1.", low=0)
     ] = 1.0
+    diffusion: Annotated[
+        Literal["cascade", "exact", "none"],
+        _option(
+            "The paper's cascade of walks, one exact diffusion on the embeddings of all --walks together, or "
+            "none: the seed is upsampled as it is."
+        ),
+    ] = "cascade"
+    transitions: Annotated[
+        Literal["hierarchical", "last"],
+        _option("A P for each walk of the cascade, or for all the one of the last of --walks."),
+    ] = "hierarchical"
+    fixed_mu: Annotated[
+        float | None, _option("Value to fix every µ at, instead of learning it.", low=0, high=1)
+    ] = None
+    fixed_beta: Annotated[
+        float | None,
+        _option(
+            "Value to fix every β at, instead of learning it; 1 leaves the identity mapping out.",
+            low=0,
+            high=1,
+        ),
+    ] = None
+    importance: Annotated[bool, _option("Weight the score by the importance M; without, s = x.")] = True
 
     output_dir: Annotated[
         str | None, _option("Folder of the run. [default: runs/DATASET-MODEL-BACKBONE]")
@@ -112,6 +153,13 @@ class Config:
     crop_size: Annotated[int, _option("Side of training crops in pixels, best of the form 8k+1.", low=1)]
     scale: Annotated[tuple[float, float], _option("Range of the random scale in training.")]
 
+    msc: Annotated[
+        bool,
+        _option(
+            "Multi-scale training as in DeepLabV2: a loss at scales 1, 0.75 and 0.5 and one at their "
+            "maximum, summed; scored by the maximum."
+        ),
+    ] = False
     bn: Annotated[
         Literal["train", "sync", "frozen"],
         _option(
@@ -178,9 +226,20 @@ class Config:
             )
         if self.similarity_backbone is not None and self.model == "sim-deeplab":
             raise UsageError("--similarity-backbone belongs to --model difnet: sim-deeplab has one branch")
+        self._check_diffusion()
         if not 0 < self.affinity_scale < math.inf:
             raise UsageError(
                 f"--affinity-scale {self.affinity_scale} would make all pixels alike: give a factor > 0"
+            )
+        if self.seed_model is not None and self.model == "sim-deeplab":
+            raise UsageError(
+                f"--seed-model belongs to --model difnet: for {self.seed_model} alone pass --diffusion none "
+                "--no-importance"
+            )
+        if self.seed_model is not None and self.branches[0][1] == "hub":
+            raise UsageError(
+                f"--weights-backbone hub: timm has no {self.seed_model}; name a file of torchvision's "
+                "weights, or none, as in --weights-backbone none,hub"
             )
         if not 0 < self.scale[0] <= self.scale[1]:
             raise UsageError(
@@ -192,19 +251,52 @@ class Config:
                 "in rising order, such as 0,2,4"
             )
 
+    def _check_diffusion(self) -> None:
+        """Refuse what the chosen diffusion has no use for."""
+        if self.transitions == "last" and self.diffusion != "cascade":
+            raise UsageError(
+                f"--transitions last belongs to --diffusion cascade: {self.diffusion} has no steps to share "
+                "a P; for one exact diffusion on layer4 alone pass --diffusion exact --walks 4"
+            )
+        if self.fixed_beta is not None and self.diffusion != "cascade":
+            raise UsageError(f"--fixed-beta belongs to --diffusion cascade: {self.diffusion} has no β")
+        if self.fixed_mu is not None and self.diffusion == "none":
+            raise UsageError("--fixed-mu belongs to --diffusion cascade or exact: none has no µ")
+        if self.similarity_backbone is not None and self.diffusion == "none":
+            raise UsageError(
+                "--similarity-backbone belongs to --diffusion cascade or exact: none has no similarity branch"
+            )
+        if self.fixed_mu == 1:
+            raise UsageError("--fixed-mu 1 would forget the seed: give less, such as 0.9")
+        if 0 in (self.fixed_mu, self.fixed_beta):
+            option = "--fixed-mu" if self.fixed_mu == 0 else "--fixed-beta"
+            raise UsageError(f"{option} 0 would leave the seed as it is: give more, or pass --diffusion none")
+
+    @property
+    def walk_features(self) -> tuple[int, ...]:
+        """What the transitions are made from: 0 is the image, 1 to 4 are layer1 to layer4."""
+        if self.model == "sim-deeplab" or self.diffusion == "none":
+            return ()
+        return self.walks if self.transitions == "hierarchical" else self.walks[-1:]
+
     @property
     def run_dir(self) -> Path:
         """Folder of the run."""
-        return Path(self.output_dir or f"runs/{self.dataset}-{self.model}-{self.backbone}")
+        return Path(self.output_dir or f"runs/{self.dataset}-{self.model}-{self.seed_model or self.backbone}")
 
     @property
     def branches(self) -> list[tuple[str, str]]:
-        """Of each branch the backbone, and where its weights come from."""
-        second = self.similarity_backbone or self.backbone
-        if self.model == "sim-deeplab":
-            return [(self.backbone, self.weights_backbone)]
-        sources = self.weights_backbone.split(",") if second != self.backbone else [self.weights_backbone]
-        return [(self.backbone, sources[0]), (second, sources[-1])]
+        """Of each branch that there is the network, and where its weights come from."""
+        first, second = self.seed_model or self.backbone, self.similarity_backbone or self.backbone
+        sources = self.weights_backbone.split(",") if second != first else [self.weights_backbone]
+        both = [(first, sources[0]), (second, sources[-1])]
+        # The image alone needs no second branch.
+        return both if any(walk > 0 for walk in self.walk_features) else both[:1]
+
+    @property
+    def networks(self) -> str:
+        """Names of the branches' networks, for a line."""
+        return " and ".join(dict.fromkeys(name for name, _ in self.branches))
 
     @property
     def weight_files(self) -> list[str]:
@@ -237,10 +329,22 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None) -> Config:
     """Merge recipe < config file < flags; keys whose value is None are not given."""
     file = {} if config_file is None else _checked(_read_yaml(config_file), str(config_file))
     given = _checked(flags, "the command line")
+    # A saved config names every option, with use or without; whoever gives a flag wants it to do something.
     if given.get("model", file.get("model")) == "sim-deeplab":
-        for key in ("walks", "grid_stride", "affinity_scale"):
+        for key in (*_OF_WALKS, "grid_stride", "diffusion", "fixed_mu", "fixed_beta", "importance"):
             if key in given:
-                raise UsageError(f"{_flag(key)} belongs to --model difnet: sim-deeplab has no walks")
+                raise UsageError(
+                    f"{_flag(key, given[key])} belongs to --model difnet: sim-deeplab has no walks and no "
+                    "importance"
+                )
+    if given.get("diffusion", file.get("diffusion")) == "none":
+        for key in _OF_WALKS:
+            if key in given:
+                raise UsageError(f"{_flag(key)} belongs to --diffusion cascade or exact: none has no walks")
+    if "aspp" in given and given.get("seed_model", file.get("seed_model")):
+        raise UsageError(
+            f"{_flag('aspp', given['aspp'])} has no use with --seed-model, which has a head of its own"
+        )
     dataset = given.get("dataset") or file.get("dataset") or Config.dataset
     values: dict[str, Any] = {}
     for layer in (_chosen_recipe(dataset, given, file), _OF_DATASET.get(dataset, {}), file, given):
@@ -249,6 +353,9 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None) -> Config:
         if "epochs" in layer or "max_steps" in layer:
             values.pop("epochs", None)
             values.pop("max_steps", None)
+        if "init_from" in layer or "weights_backbone" in layer:
+            values.pop("init_from", None)
+            values.pop("weights_backbone", None)
         values.update(layer)
     if "weights_backbone" not in values and "init_from" in values:
         values["weights_backbone"] = "none"
@@ -416,5 +523,5 @@ def _expected(annotated: Any, option: Any) -> str:
     return names[annotated] + low + high
 
 
-def _flag(key: str) -> str:
-    return "--" + key.replace("_", "-")
+def _flag(key: str, value: Any = None) -> str:
+    return ("--no-" if value is False else "--") + key.replace("_", "-")

@@ -23,7 +23,7 @@ from segmentation.data.shapes import ShapesDataset
 from segmentation.data.voc import VOCDataset
 from segmentation.errors import UsageError
 from segmentation.metrics import ConfusionMatrix, Scores
-from segmentation.models import DifNet, SimDeepLab
+from segmentation.models import DifNet, SimDeepLab, backbone, fcn
 
 Model = DifNet | SimDeepLab
 Loader = DataLoader[tuple[Tensor, Tensor]]
@@ -55,7 +55,13 @@ def check_device(config: Config, device: torch.device, count: int) -> None:
             f"--batch-size {config.batch_size} is for all {count} processes together, each of which takes "
             f"{config.grad_accum_steps} equal pieces: give a multiple of {count * config.grad_accum_steps}"
         )
-    if config.deterministic and not on_cpu and config.model == "difnet" and {0, 1} & set(config.walks):
+    at_once = config.batch_size // (config.grad_accum_steps * (1 if config.bn == "sync" else count))
+    if at_once == 1 and str(config.seed_model).startswith("deeplabv3"):
+        raise UsageError(
+            f"--seed-model {config.seed_model} normalises what it pools to one pixel, and cannot learn from "
+            "one image at a time: raise --batch-size, or lower --grad-accum-steps"
+        )
+    if config.deterministic and not on_cpu and {0, 1} & set(config.walk_features):
         raise UsageError(
             "--deterministic: walks 0 and 1 pool adaptively, which has no deterministic gradient on a GPU; "
             "pass --walks 2,3,4, --model sim-deeplab or --device cpu"
@@ -89,14 +95,32 @@ def build_model(config: Config, num_classes: int) -> Model:
     if config.model == "sim-deeplab":
         return SimDeepLab(config.backbone, num_classes, config.aspp)
     return DifNet(
-        config.backbone,
+        config.backbone if config.seed_model is None else fcn.seed_model(config.seed_model, num_classes),
         num_classes,
-        config.aspp,
-        config.walks,
-        config.grid_stride,
-        config.similarity_backbone,
-        config.affinity_scale,
+        None if config.diffusion == "none" else config.similarity_backbone or config.backbone,
+        aspp=config.aspp,
+        walks=config.walks,
+        grid_stride=config.grid_stride,
+        affinity_scale=config.affinity_scale,
+        diffusion=config.diffusion,
+        transitions=config.transitions,
+        fixed_mu=config.fixed_mu,
+        fixed_beta=config.fixed_beta,
+        importance=config.importance,
     )
+
+
+def branch_parts(config: Config) -> list[tuple[str, ...]]:
+    """Of each branch the parts that its weights are told by, in order."""
+    return [fcn.PARTS if name == config.seed_model else backbone.parts(name) for name, _ in config.branches]
+
+
+def start_branches(model: Model, config: Config) -> list[frozenset[str]]:
+    """Start each branch from the config's weights; return the parts of it that start fresh."""
+    return [
+        (fcn if name == config.seed_model else backbone).load_pretrained(network, name, source)
+        for network, (name, source) in zip(model.backbones, config.branches, strict=True)
+    ]
 
 
 def steps_per_epoch(config: Config, images: int) -> int:
@@ -142,11 +166,12 @@ def parameter_groups(
     Returns:
         Five groups, the first ones at the base rate and possibly empty.
     """
-    coefficients = list(model.cascade.coefficients()) if isinstance(model, DifNet) else []
+    walks = model.cascade if isinstance(model, DifNet) else None
+    coefficients = [] if walks is None else list(walks.coefficients())
     pretrained = {
         parameter
-        for backbone, fresh in zip(model.backbones, fresh_parts, strict=True)
-        for name, parameter in backbone.named_parameters()
+        for branch, fresh in zip(model.backbones, fresh_parts, strict=True)
+        for name, parameter in branch.named_parameters()
         if name.split(".")[0] not in fresh
     }
     norms = {
@@ -187,7 +212,11 @@ def summed_loss(logits: Tensor, label: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: Model, loader: Loader, num_classes: int, interrupted: Callable[[], bool] = lambda: False
+    model: Model,
+    loader: Loader,
+    num_classes: int,
+    interrupted: Callable[[], bool] = lambda: False,
+    seen: Callable[[Model, Tensor], Tensor] | None = None,
 ) -> Scores | None:
     """Score a split at the images' own sizes with one confusion matrix; void and padding do not count.
 
@@ -198,6 +227,7 @@ def evaluate(
         loader: gives one image at a time, padded right and below, with its label unpadded.
         num_classes: of the data.
         interrupted: asked before each image; True, in any process, ends the scoring.
+        seen: gives a model's logits of images that are not padded; the model's own of padded ones if None.
 
     Returns:
         The scores, or None if interrupted.
@@ -213,7 +243,11 @@ def evaluate(
             if stopped:
                 break
             height, width = label.shape[-2:]
-            logits = model(image.to(device))[..., :height, :width]
+            image = image.to(device)
+            if seen is None:
+                logits = model(image)[..., :height, :width]
+            else:
+                logits = seen(model, image[..., :height, :width])
             matrix.update(logits.argmax(1), label.to(device))
     finally:
         model.train(was_training)
@@ -243,7 +277,7 @@ def metrics_row(
 
 @torch.no_grad()
 def walk_columns(model: DifNet, loader: Loader) -> dict[str, float]:
-    """DifNet's own columns of metrics.csv: of each walk µ, β, and the health of its P_t.
+    """DifNet's own columns of metrics.csv: of each step of its diffusion µ, β, and the health of its P_t.
 
     `diagonal` is the median diagonal of P_t: near 1, the walk moves nothing. `hub` is its largest column
     mass, Σ_i P_ij / N: near 1, the walk sends every node to one. Both are means over the loader's images.
@@ -251,19 +285,20 @@ def walk_columns(model: DifNet, loader: Loader) -> dict[str, float]:
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    seen = [torch.stack([_health(P) for P in model.transitions(image.to(device))]) for image, _ in loader]
+    seen = []
+    for image, _ in loader if model.steps else ():
+        walks = model.transitions(image.to(device))
+        # Steps may share one P.
+        healths = {P: _health(P) for P in dict.fromkeys(walks)}
+        seen.append(torch.stack([healths[P] for P in walks]))
     model.train(was_training)
-    health = torch.stack(seen).mean(0)
-    columns = {
-        "mu": model.cascade.mu,
-        "beta": model.cascade.beta,
-        "diagonal": health[:, 0],
-        "hub": health[:, 1],
-    }
+    columns = dict(model.coefficients)
+    if seen:
+        columns["diagonal"], columns["hub"] = torch.stack(seen).mean(0).T
     return {
-        f"{name}_{t}": float(v)
+        f"{name}_{step}": float(value)
         for name, values in columns.items()
-        for t, v in zip(model.walks, values, strict=True)
+        for step, value in zip(model.steps, values, strict=True)
     }
 
 

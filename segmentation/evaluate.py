@@ -34,7 +34,7 @@ def evaluate(
     threads: int = 0,
     limit_batches: int | None = None,
     workers: int = 0,
-    scales: Sequence[float] = (1.0,),
+    scales: Sequence[float] | None = None,
     flip: bool = False,
     fusion: Literal["max", "mean"] = "max",
     boundary: bool = False,
@@ -54,7 +54,8 @@ def evaluate(
         threads: of torch on the CPU; 0 leaves the choice to torch.
         limit_batches: score only so many images, evenly spread over the split.
         workers: processes that load data; 0 loads in this one.
-        scales: factors on the images' sides; the model sees each image at each.
+        scales: factors on the images' sides; the model sees each image at each. None is scale 1, or for
+            a model trained with msc the scales of its training.
         flip: see images mirrored too, at each scale.
         fusion: of the views' logits, "max" or "mean".
         boundary: measure borders (trimap, boundary IoU) and fragmentation too.
@@ -73,15 +74,15 @@ def evaluate(
     from segmentation.boundary import BoundaryIoU, Trimap
     from segmentation.data import loader
     from segmentation.fragments import Fragments
-    from segmentation.inference import Views, load_model
+    from segmentation.inference import load_model, views_for
     from segmentation.metrics import ConfusionMatrix
 
     if panel and out is None:
         raise UsageError("--panel needs --out: the folder to write panel.png into")
-    views = Views(tuple(scales), flip, fusion)
     if threads:
         torch.set_num_threads(threads)
     model, about = load_model(checkpoint, device)
+    views = views_for(about.config, scales, flip, fusion)
     config = about.config
     if data_path is not None:
         config = dataclasses.replace(config, data_path=data_path)
@@ -115,7 +116,8 @@ def evaluate(
     images = len(dataset) if limit_batches is None else min(limit_batches, len(dataset))
     protocol = (
         f"{config.dataset} {split}, {images} of {len(dataset)} images at their own sizes, padded to "
-        f"{dataset.eval_size} times the scale or the next 8k+1; {views}; CRF none; "
+        f"{dataset.eval_size} times the scale or the next 8k+1; {views}"
+        f"{', as the model was trained' if config.msc and scales is None else ''}; CRF none; "
         f"labels {dataset.label_source}; void ignored; one confusion matrix over all pixels"
     )
     rows = rundir.class_rows(about.step, scores, classes)
@@ -126,7 +128,7 @@ def evaluate(
         "pixel_accuracy": scores.pixel_accuracy, "mean_accuracy": scores.mean_accuracy,
         "fw_iou": scores.fw_iou,
     }  # fmt: skip
-    print(f"{checkpoint}: {config.model} on {config.backbone}, step {about.step}")
+    print(f"{checkpoint}: {config.model} on {config.networks}, step {about.step}")
     print(f"protocol: {protocol}")
     print(scores.table(classes))
     print(
@@ -212,7 +214,7 @@ def main(
         Path | None,
         typer.Option(help="Folder for metrics.json, per_class.csv, confusion.npy, trimap.csv and panel.png."),
     ] = None,
-    scales: commandline.Scales = [1.0],  # noqa: B006 # typer copies it
+    scales: commandline.Scales = None,
     flip: commandline.Flip = False,
     fusion: commandline.Fusion = "max",
     boundary: Annotated[

@@ -24,8 +24,8 @@ def panel(model: DifNet | SimDeepLab, dataset: SegmentationDataset, indices: lis
     """Draw what a model makes of some images, a row for each.
 
     For DifNet: image, truth, argmax of the score x, influence E_i = Σ_k |x_ik|, importance M, argmax of the
-    seed, argmax of each walk's output, prediction (the paper's Figures 2 and 4). For Sim-DeepLab: image,
-    truth, prediction.
+    seed, argmax after each step of the diffusion, prediction (the paper's Figures 2 and 4). For Sim-DeepLab:
+    image, truth, prediction.
 
     Args:
         model: on any device; left in the mode it was in.
@@ -97,7 +97,10 @@ def _row(
             ("importance M", values(maps.importance[:, 0])),
             ("seed s = Mx", classes(maps.seed)),
         ]
-        pictures += [(f"walk {t}", classes(y)) for t, y in zip(model.walks, maps.walks, strict=True)]
+        pictures += [
+            (step if step == "exact" else f"walk {step}", classes(y))
+            for step, y in zip(model.steps, maps.walks, strict=True)
+        ]
         logits = maps.logits
     else:
         logits = model(padded)

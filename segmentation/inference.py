@@ -1,7 +1,7 @@
 """A trained model at work: loaded from its file alone, and asked about an image at several scales."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,6 +19,7 @@ from segmentation.data.shapes import ShapesDataset
 from segmentation.data.transforms import evaluation_transform, padded_side
 from segmentation.errors import UsageError
 from segmentation.images import to_tensor
+from segmentation.models import MSC_SCALES
 
 
 class Segmenter(NamedTuple):
@@ -117,6 +118,18 @@ class Views:
         assert fused is not None  # there is a scale
         views = len(self.scales) * (1 + self.flip)
         return fused / views if self.fusion == "mean" else fused
+
+
+def views_for(
+    config: Config,
+    scales: Sequence[float] | None = None,
+    flip: bool = False,
+    fusion: Literal["max", "mean"] = "max",
+) -> Views:
+    """Views as asked for; without scales, those at which a model of this config learned."""
+    if scales is None:
+        scales = sorted(MSC_SCALES) if config.msc else (1.0,)
+    return Views(tuple(scales), flip, fusion)
 
 
 def _resized(maps: Tensor, height: int, width: int, antialias: bool) -> Tensor:

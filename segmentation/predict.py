@@ -27,7 +27,7 @@ def predict(
     out: Path,
     overlay: bool = False,
     probabilities: bool = False,
-    scales: Sequence[float] = (1.0,),
+    scales: Sequence[float] | None = None,
     flip: bool = False,
     fusion: Literal["max", "mean"] = "max",
     max_size: int = 2048,
@@ -47,7 +47,8 @@ def predict(
         out: folder to write into; files in it under the same names are replaced.
         overlay: draw the classes over the image, too.
         probabilities: write the classes' probabilities, too.
-        scales: factors on the images' sides; the model sees each image at each.
+        scales: factors on the images' sides; the model sees each image at each. None is scale 1, or for
+            a model trained with msc the scales of its training.
         flip: see images mirrored too, at each scale.
         fusion: of the views' logits, "max" or "mean".
         max_size: pixels; images with a longer side are skipped.
@@ -72,12 +73,12 @@ def predict(
     from segmentation import images
     from segmentation.data.transforms import normalise
     from segmentation.data.voc import VOC_CLASSES
-    from segmentation.inference import Views, load_model, scored_size
+    from segmentation.inference import load_model, scored_size, views_for
 
-    views = Views(tuple(scales), flip, fusion)
     if threads:
         torch.set_num_threads(threads)
     model, about = load_model(checkpoint, device)
+    views = views_for(about.config, scales, flip, fusion)
     if voc_submission and about.classes != VOC_CLASSES:
         raise UsageError(
             f"--voc-submission: {checkpoint} knows {len(about.classes)} classes "
@@ -103,6 +104,8 @@ def predict(
         logits = views.logits(model, normalised[None].to(place), size)[0]
         sizes[name] = images.write_result(out, name, image, logits, overlay, probabilities)
     done = f"{len(sizes)} of {len(files)} images segmented into {out}"
+    if about.config.msc and scales is None:
+        done += f" ({views}, as the model was trained)"
     if voc_submission and skipped:
         done += "; no archive, which needs all of them"
     elif voc_submission:
@@ -170,7 +173,7 @@ def main(
         bool,
         typer.Option("--probabilities", help="Write float16 [K, H, W], too, into OUT/probabilities/*.npy."),
     ] = False,
-    scales: commandline.Scales = [1.0],  # noqa: B006 # typer copies it
+    scales: commandline.Scales = None,
     flip: commandline.Flip = False,
     fusion: commandline.Fusion = "max",
     max_size: Annotated[

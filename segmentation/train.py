@@ -19,6 +19,8 @@ from segmentation.config import Config, with_config_options
 from segmentation.errors import UsageError, told_in_one_line
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from segmentation.data import SegmentationDataset
     from segmentation.engine import Model
     from segmentation.metrics import Scores
@@ -59,8 +61,8 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     from segmentation.data import loader
     from segmentation.data.transforms import training_transform
     from segmentation.files import WriteFault
+    from segmentation.inference import views_for
     from segmentation.models import DifNet
-    from segmentation.models.backbone import load_pretrained, parts
     from segmentation.progress import Progress, StopSignal
     from segmentation.rundir import RunDir, environment, weights_sha256
     from segmentation.trainer import Trainer
@@ -85,7 +87,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     run = RunDir(config.run_dir)
     state_file = run.state_to_resume(resume, overwrite)
     state = None if state_file is None else checkpoint.load_state(state_file)
-    all_parts = [frozenset(parts(backbone)) for backbone, _ in config.branches]
+    all_parts = [frozenset(parts) for parts in engine.branch_parts(config)]
     training_set = engine.build_dataset(config, config.train_split)
     validation_set = engine.build_dataset(config, config.val_split)
     classes = training_set.classes
@@ -105,9 +107,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
             told = checkpoint.start_from(model, Path(config.init_from), classes)
             fresh_parts = [frozenset() for _ in model.backbones]
         else:
-            # With walk 0 alone there is no second branch.
-            started = zip(model.backbones, config.branches, strict=False)
-            fresh_parts = [load_pretrained(network, *branch) for network, branch in started]
+            fresh_parts = engine.start_branches(model, config)
         hashes = weights_sha256(config.weight_files)
     if config.bn == "frozen" and all(map(frozenset.__eq__, fresh_parts, all_parts)):
         raise UsageError(
@@ -154,6 +154,11 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     def left() -> str:
         return f"{saved}, to go on from by --resume auto" if saved else "no step was saved yet"
 
+    views = views_for(config)
+
+    def seen(model: Model, image: Tensor) -> Tensor:
+        return views.logits(model, image, validation_set.eval_size)
+
     def save_state() -> None:
         nonlocal saved, last_saved
         if rank == 0:
@@ -195,12 +200,12 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
         with StopSignal(patient=ranks > 1) as stop, processes.loss_told():
             trainer.settle()
             few_more = loader.evaluation_loader(scored, 0, SANITY_IMAGES)
-            engine.evaluate(trainer.scored, few_more, len(classes))
+            engine.evaluate(trainer.scored, few_more, len(classes), lambda: False, seen)
             while True:
                 if at.evaluation_due:
                     trainer.settle()
                     scores = engine.evaluate(
-                        trainer.scored, validation, len(classes), lambda: stop.received is not None
+                        trainer.scored, validation, len(classes), lambda: stop.received is not None, seen
                     )
                     if scores is None:
                         break
@@ -254,24 +259,24 @@ def _introduction(
     where: str,
 ) -> list[str]:
     """What is about to be done, in a few lines."""
-    from segmentation.models.backbone import parts
+    from segmentation import engine
 
     starts = []
-    for (backbone, source), fresh in zip(config.branches, fresh_parts, strict=False):
-        some = [part for part in parts(backbone) if part in fresh]
+    branches = zip(config.branches, engine.branch_parts(config), fresh_parts, strict=True)
+    for (backbone, source), parts, fresh in branches:
+        some = [part for part in parts if part in fresh]
         if config.init_from is not None:
             start = f"the backbone starts from {config.init_from}"
-        elif some == list(parts(backbone)):
+        elif some == list(parts):
             start = "all parts of the backbone start fresh (random weights)"
         elif some:
             start = f"{source} covers the backbone only in part: {', '.join(some)} starts fresh"
         else:
             start = f"the backbone starts from {source}"
-        starts.append(start if config.similarity_backbone is None else f"{backbone}: {start}")
-    names = " and ".join(dict.fromkeys(backbone for backbone, _ in config.branches))
+        starts.append(f"{backbone}: {start}" if " and " in config.networks else start)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     return [
-        f"{config.model} on {names}, {millions:.2f} M parameters, {len(training_set.classes)} "
+        f"{config.model} on {config.networks}, {millions:.2f} M parameters, {len(training_set.classes)} "
         f"classes; {'; '.join(dict.fromkeys(starts))}",
         f"{config.dataset}: {len(training_set)} images to train on ({config.train_split}), "
         f"{len(validation_set)} to score ({config.val_split}); {total} steps of {config.batch_size} on "
@@ -316,15 +321,22 @@ def _report(
         f"{scores.miou / scores.majority_miou:.1f} times the {100 * scores.majority_miou:.2f} of the "
         "majority class"
     )
-    if isinstance(model, DifNet):
-        mu, beta = model.cascade.mu.detach(), model.cascade.beta.detach()
-        moved = max(float((mu - 0.5).abs().max()), float((beta - 0.5).abs().max()))
+    if isinstance(model, DifNet) and model.steps:
+        learned = {"mu": config.fixed_mu is None, "beta": config.fixed_beta is None}
+        moved = 0.0
         print()
-        print("walk" + "".join(f"{walk:8d}" for walk in model.walks))
-        print("µ   " + "".join(f"{float(value):8.4f}" for value in mu))
-        print("β   " + "".join(f"{float(value):8.4f}" for value in beta))
-        if moved < 0.05:
-            print(f"(all start at 0.5; a run as short as this hardly moves them, here by up to {moved:.4f})")
+        print("walk" + "".join(f"{step:>8}" for step in model.steps))
+        for name, symbol in (("mu", "µ"), ("beta", "β")):
+            if name in model.coefficients:
+                values = model.coefficients[name].detach()
+                fixed = "" if learned[name] else "   (fixed)"
+                print(f"{symbol}   " + "".join(f"{float(value):8.4f}" for value in values) + fixed)
+                moved = max(moved, float((values - 0.5).abs().max()) if learned[name] else 0.0)
+        if any(learned[name] for name in model.coefficients) and moved < 0.05:
+            print(
+                f"(learned, they start at 0.5; a run as short as this hardly moves them, here by up to "
+                f"{moved:.4f})"
+            )
     print()
     for file in run.files():
         print(f"wrote {file}")

@@ -14,6 +14,7 @@ from segmentation import engine, processes
 from segmentation.config import Config
 from segmentation.data import VOID
 from segmentation.engine import Model
+from segmentation.models import MultiScale
 
 
 class Trainer:
@@ -47,7 +48,8 @@ class Trainer:
         groups = engine.parameter_groups(model, fresh_parts, config)
         self._sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
         self.schedule = torch.optim.lr_scheduler.PolynomialLR(self._sgd, total, config.power)
-        network = torch.compile(model) if config.compile else model
+        seen: nn.Module = MultiScale(model) if config.msc else model
+        network = torch.compile(seen) if config.compile else seen
         self._network, self._optimizer = fabric.setup(network, self._sgd)
 
     @property
@@ -64,7 +66,8 @@ class Trainer:
         """Learn from this process's part of a batch; return the loss over the whole batch.
 
         The loss is the mean over the pixels of all pieces in all processes, so that how a batch is cut
-        changes it by no more than rounding. A loss that is not finite changes no weight.
+        changes it by no more than rounding; with msc it is the sum of those of the scales and of their
+        maximum. A loss that is not finite changes no weight.
 
         Args:
             image: [B, 3, H, W], B a multiple of the config's grad_accum_steps.
@@ -80,7 +83,8 @@ class Trainer:
         loss = torch.zeros((), device=device)
         for number, (x, y) in enumerate(zip(image.chunk(pieces), label.chunk(pieces), strict=True), start=1):
             with self._fabric.no_backward_sync(self._network, enabled=number < pieces):
-                part = engine.summed_loss(self._network(x), y) / pixels
+                outputs = self._network(x) if self.config.msc else [self._network(x)]
+                part = torch.stack([engine.summed_loss(logits, y) for logits in outputs]).sum() / pixels
                 # The processes' gradients are averaged, and shall be summed.
                 self._fabric.backward(part * processes.count())
             loss += part.detach()

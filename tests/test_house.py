@@ -51,7 +51,15 @@ FLOORS = {
         ["errors", "files", "processes", "commandline"],
         ["data", "data.transforms", "data.shapes", "data.labels", "data.folder"],
         ["data.voc", "data.archives", "data.sbd", "data.coco", "data.context", "data.loader"],
-        ["models.backbone", "models.heads", "models.deeplab", "models.difnet", "models"],
+        [
+            "models.backbone",
+            "models.fcn",
+            "models.heads",
+            "models.deeplab",
+            "models.difnet",
+            "models.multiscale",
+            "models",
+        ],
         ["metrics", "boundary", "fragments"],
         ["config"],
         ["checkpoint", "rundir", "progress", "figures", "images"],
@@ -128,7 +136,12 @@ def test_the_wheel_installs_elsewhere(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
-    for needed in ("graphdiff/py.typed", "segmentation/py.typed", "segmentation/configs/shapes.yaml"):
+    for needed in (
+        "graphdiff/py.typed",
+        "segmentation/py.typed",
+        "segmentation/configs/shapes.yaml",
+        "segmentation/configs/paper/voc-difnet-50.yaml",
+    ):
         assert needed in names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
     script = (

@@ -1,6 +1,6 @@
 """The exact layer: y = (1 − µ)(I − µP)⁻¹ s with one walk P on all features, in place of a cascade."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -86,6 +86,10 @@ class Diffusion(nn.Module):
     def mu(self) -> Tensor:
         """µ, [1]: one diffusion."""
         return (torch.sigmoid(self.mu_logit) if self.learn_mu else self.get_buffer("mu_fixed")).unsqueeze(0)
+
+    def coefficients(self) -> Iterator[nn.Parameter]:
+        """The learned µ alone, if it is, for an optimiser group of its own (without weight decay)."""
+        return iter([self.mu_logit] if self.learn_mu else [])
 
     def transitions(
         self,

@@ -2,5 +2,6 @@
 
 from segmentation.models.deeplab import SimDeepLab
 from segmentation.models.difnet import DifNet, DifNetMaps
+from segmentation.models.multiscale import MSC_SCALES, MultiScale
 
-__all__ = ["DifNet", "DifNetMaps", "SimDeepLab"]
+__all__ = ["MSC_SCALES", "DifNet", "DifNetMaps", "MultiScale", "SimDeepLab"]

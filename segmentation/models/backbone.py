@@ -106,7 +106,7 @@ def load_pretrained(backbone: nn.Module, name: str, source: str) -> frozenset[st
         tag = _hub_name(name)
         state, origin = _read_hub(tag), f"timm's {tag}"
     else:
-        state, origin = _read_file(Path(source)), source
+        state, origin = read_weights(Path(source)), source
     # Networks of features join the first names of the whole model: stages.0.x becomes stages_0.x.
     plain = {_plain(key): key for key in state}
     fresh = _fit(state, plain, name, origin)
@@ -166,7 +166,8 @@ def _plain(key: str) -> str:
     return key.replace(".", "_")
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file of --weights-backbone."""
     if not path.is_file():
         raise UsageError(
             f"--weights-backbone {path}: no such file; name a file of ImageNet weights (.pth or "

@@ -1,4 +1,4 @@
-"""What stands on the seed branch: the score head and the importance head H."""
+"""What stands on the seed branch: the score head, and the importance head H or what replaces it."""
 
 import torch
 from torch import Tensor, nn
@@ -50,3 +50,11 @@ class Importance(nn.Sequential):
         assert isinstance(layers[-1], nn.Conv2d)
         nn.init.constant_(layers[-1].weight, 0.075)
         super().__init__(*layers, nn.Sigmoid())
+
+
+class Everywhere(nn.Module):
+    """M = 1 in the place of H: the whole score x [B, K, h, w] is the seed."""
+
+    def forward(self, score: Tensor) -> Tensor:
+        """Ones, [B, 1, h, w]."""
+        return torch.ones_like(score[:, :1])

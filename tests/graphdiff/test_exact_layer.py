@@ -55,6 +55,8 @@ def test_swaps_with_the_cascade():
         assert y.shape == seed.shape
         assert torch.equal(walks[-1], y)
         assert module.mu.shape == (len(walks),)
+        learned = {parameter for parameter in module.parameters() if parameter.ndim == 0}
+        assert set(module.coefficients()) == learned != set()
         assert len(module.transitions(features, (6, 7))) == len(walks)
         nodes = [f.flatten(2).mT for f in maps()[1][1:]] * 2
         assert module.eval().embeddings[0].conv.in_channels == 3

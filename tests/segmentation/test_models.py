@@ -217,7 +217,7 @@ def test_files_without_resnet_weights_are_refused(tmp_path):
 def test_other_backbones_serve_either_branch(name):
     torch.manual_seed(3)
     image = torch.randn(1, 3, 41, 33)
-    for options in ({"backbone": name}, {"backbone": "resnet18", "similarity_backbone": name}):
+    for options in ({"seed": name}, {"seed": "resnet18", "similarity": name}):
         model = DifNet(num_classes=4, **options).eval()
         maps = model(image, return_maps=True)
         assert maps.seed.shape == (1, 4, 6, 5)
