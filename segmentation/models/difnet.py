@@ -115,6 +115,16 @@ class DifNet(nn.Module):
         """The operators P_t of the walks over this image's grid."""
         return self.cascade.transitions(self.similarity_features(image), grid=self._grid(image))
 
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Names of the steps of the diffusion: the numbers of the walks."""
+        return tuple(str(t) for t in self.walks)
+
+    @property
+    def coefficients(self) -> dict[str, Tensor]:
+        """µ and β of each of `steps`, under "mu" and "beta"."""
+        return {"mu": self.cascade.mu, "beta": self.cascade.beta}
+
     def _grid(self, image: Tensor) -> tuple[int, int]:
         height, width = image.shape[-2:]
         return math.ceil(height / self.grid_stride), math.ceil(width / self.grid_stride)
