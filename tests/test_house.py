@@ -52,12 +52,14 @@ FLOORS = {
         ["models.backbone", "models.heads", "models.deeplab", "models.difnet", "models"],
         ["metrics", "boundary", "fragments"],
         ["config"],
-        ["checkpoint", "rundir", "progress", "figures", "images"],
-        ["engine"],
+        ["checkpoint", "rundir", "progress", "figures", "figures.drawing", "figures.panel", "images"],
+        ["engine", "timing"],
         ["trainer"],
         ["inference"],
         [""],
         ["prepare", "train", "evaluate", "predict"],
+        ["figures.inputs", "figures.maps", "figures.transitions", "figures.walks", "figures.coefficients"],
+        ["figures.times", "figures.explore", "figures.__main__"],
     ],
 }
 
@@ -126,7 +128,12 @@ def test_the_wheel_installs_elsewhere(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
-    for needed in ("graphdiff/py.typed", "segmentation/py.typed", "segmentation/configs/shapes.yaml"):
+    for needed in (
+        "graphdiff/py.typed",
+        "segmentation/py.typed",
+        "segmentation/configs/shapes.yaml",
+        "segmentation/figures/explore.html",
+    ):
         assert needed in names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
     script = (

@@ -54,6 +54,7 @@ def draw_coefficients(
             axis.plot(*last, "o", markersize=5, markerfacecolor="none", color=drawn[0].get_color())
         axis.set_title(f"{SYMBOLS[name]} of each walk", fontsize=8)
         axis.set_xlabel("step", fontsize=7)
+        axis.set_xlim(left=0)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.tick_params(labelsize=6.5, width=0.5)
         axis.grid(linewidth=0.3, color="0.85")

@@ -20,6 +20,7 @@ from segmentation.files import told
 from segmentation.images import read_image
 from segmentation.inference import load_model, scored_dataset, scored_size
 from segmentation.models import DifNet, DifNetMaps
+from segmentation.predict import SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Study:
         max_size: int = 2048,
         device: str = "auto",
     ) -> None:
+        _refuse_other_paths(images)
         self.model, self.about = load_difnet(checkpoint, device)
         self.classes = self.about.classes
         self._max_size = max_size
@@ -121,8 +123,6 @@ class Study:
         path = Path(given)
         if path.is_file():
             return path
-        if path.is_dir():
-            raise UsageError(f"{given} is a folder: name its images, as in {path / '*.jpg'}")
         assert self._dataset is not None  # not all are files
         names = [self._dataset.name(index) for index in range(len(self._dataset))]
         if given in names:
@@ -131,6 +131,16 @@ class Study:
             f"{given} is neither a file nor one of the {len(names)} images of {self.about.config.dataset} "
             f"{split} ({names[0]}, ...): name one of either, or another list by --split"
         )
+
+
+def _refuse_other_paths(images: Sequence[str]) -> None:
+    """Refuse folders, and files that are not there, which cannot be IDs."""
+    for given in images:
+        path = Path(given)
+        if path.is_dir():
+            raise UsageError(f"{given} is a folder: name its images, as in {path / '*.jpg'}")
+        if not path.is_file() and path.suffix.lower() in SUFFIXES:
+            raise UsageError(f"{given}: no such file; name one, or the ID of an image, without a suffix")
 
 
 def load_difnet(checkpoint: Path, device: str = "cpu") -> tuple[DifNet, Description]:

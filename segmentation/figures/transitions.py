@@ -81,9 +81,12 @@ def draw_transitions(
     marks: list[tuple[int, int]] = []
     numbers: list[dict[str, Any]] = []
     over_classes: list[list[dict[str, float]]] = [[] for _ in titles]
+    for sample in study if pixels else ():
+        # Before the first image is worked on.
+        _check(pixels, sample)
     for sample in study:
         scene = _Scene.of(sample, study.maps(sample))
-        chosen = _checked(pixels, sample) if pixels else telling_pixels(scene.labels)
+        chosen = list(pixels) or telling_pixels(scene.labels)
         at = [scene.nodes.of_pixel(x, y) for x, y in chosen]
         with torch.no_grad():
             operators = study.model.transitions(sample.padded)
@@ -152,23 +155,19 @@ def telling_pixels(labels: NDArray[np.int64]) -> list[tuple[int, int]]:
     from scipy.ndimage import distance_transform_edt
     from scipy.ndimage import label as components
 
-    regions: list[tuple[int, int, NDArray[np.bool_]]] = []
+    objects: list[tuple[int, int, NDArray[np.bool_]]] = []
+    ground: list[NDArray[np.bool_]] = []
     for c in np.unique(labels[labels != VOID]):
         numbered, _ = components(labels == c, structure=np.ones((3, 3)))
         sizes = np.bincount(numbered.ravel())[1:]
-        order = [int(n) for n in np.argsort(-sizes, kind="stable") if sizes[n] >= SMALLEST * labels.size]
-        regions += [
-            (rank, -int(sizes[n]), numbered == n + 1) for rank, n in enumerate(order[:PIXELS]) if c > 0
-        ]
-        if c == 0 and order:
-            # Behind every object.
-            regions.append((labels.size, 0, numbered == order[0] + 1))
-    regions.sort(key=lambda region: region[:2])
-    ground = [region for region in regions if region[0] == labels.size]
-    objects = [region for region in regions if region[0] < labels.size]
-    chosen = objects[: PIXELS - len(ground)] + ground
+        falling = [int(n) for n in np.argsort(-sizes, kind="stable") if sizes[n] >= SMALLEST * labels.size]
+        if c == 0:
+            ground = [numbered == n + 1 for n in falling[:1]]
+        else:
+            objects += [(rank, -int(sizes[n]), numbered == n + 1) for rank, n in enumerate(falling[:PIXELS])]
+    objects.sort(key=lambda region: region[:2])
     found = []
-    for _, _, mask in chosen:
+    for mask in [mask for *_, mask in objects[: PIXELS - len(ground)]] + ground:
         depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
         y, x = np.unravel_index(int(depth.argmax()), depth.shape)
         found.append((int(x), int(y)))
@@ -293,7 +292,7 @@ def heat_on_image(pixels: NDArray[np.uint8], values: NDArray[np.float64]) -> Pic
     return mixed
 
 
-def _checked(pixels: Sequence[tuple[int, int]], sample: Sample) -> list[tuple[int, int]]:
+def _check(pixels: Sequence[tuple[int, int]], sample: Sample) -> None:
     height, width = sample.size
     for x, y in pixels:
         if not (0 <= x < width and 0 <= y < height):
@@ -301,7 +300,6 @@ def _checked(pixels: Sequence[tuple[int, int]], sample: Sample) -> list[tuple[in
                 f"--pixels {x},{y} lies outside {sample.name}, which is {width}x{height} pixels: give x,y "
                 f"from 0,0 (top left) to {width - 1},{height - 1}"
             )
-    return list(pixels)
 
 
 def _rows(P: gd.Transition, index: Sequence[int]) -> NDArray[np.float64]:
