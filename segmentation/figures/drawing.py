@@ -71,7 +71,7 @@ def tiles(
                 _show(axis, row[title], colours)
     for name, line, share in zip(names, axes, heights, strict=True) if names else ():
         # What does not fit beside its picture is shortened.
-        fits = max(4, int(cell * share / 0.048))
+        fits = max(4, int(cell * share / 0.054))
         told = name if len(name) <= fits else f"{name[: fits - 1]}…"
         line[0].text(
             -0.02, 0.5, told, transform=line[0].transAxes, rotation=90, ha="right", va="center", fontsize=6

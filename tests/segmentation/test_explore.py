@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
 
 from segmentation.data.shapes import ShapesDataset
 from segmentation.data.transforms import evaluation_transform
@@ -59,7 +60,7 @@ def model(many_classes):
 def maps(model):
     """All maps of the image, and the dense P_t."""
     image, _ = ShapesDataset("val")[7]
-    padded = evaluation_transform(image[:, :70], 97)[None]
+    padded = evaluation_transform(tv_tensors.Image(image[:, :70]), 97)[None]
     with torch.no_grad():
         return model(padded, return_maps=True), [
             P.dense()[0].double().numpy() for P in model.transitions(padded)
@@ -109,10 +110,10 @@ def test_packing_rounds_each_column_by_half_a_step():
     # Half a step, and the rounding to float32.
     bound = range_ / 65535 / 2 + np.abs(values).max(0) * 2.0**-24
     assert (np.abs(unpack(packed) - values).max(0) <= bound * 1.001).all()
-    # The parts are what a little endian reader finds.
-    first = np.frombuffer(base64.b64decode(packed["data"]), np.uint8)[:2]
-    assert packed["low"][0] + packed["step"][0] * int(first[0] + 256 * int(first[1])) == pytest.approx(
-        values[0, 0], rel=1e-3
+    # Little endian, row after row.
+    low, high = base64.b64decode(packed["data"])[6:8]
+    assert packed["low"][0] + packed["step"][0] * (low + 256 * high) == pytest.approx(
+        values[1, 0], abs=bound[0]
     )
 
 

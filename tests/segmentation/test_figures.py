@@ -214,11 +214,10 @@ def test_pixels_are_chosen_deep_inside_the_largest_regions():
     label[:, 79] = VOID
     found = telling_pixels(label)
     assert found == telling_pixels(label)
-    assert found[:2] == [(54, 34), (15, 15)] or found[:2] == [(15, 15), (54, 34)]
     assert len(found) == PIXELS
+    assert found[:2] == [(15, 15), (54, 34)], "the largest object comes first"
     x, y = found[2]
     assert label[y, x] == 0
-    assert found[0] == (15, 15), "the largest object comes first"
     # An image of one class, and one without any, have a pixel too.
     assert telling_pixels(np.zeros((9, 9), np.int64)) == [(4, 4)]
     assert telling_pixels(np.full((9, 12), VOID)) == [(6, 4)]
@@ -226,7 +225,7 @@ def test_pixels_are_chosen_deep_inside_the_largest_regions():
 
 def test_nodes_lie_where_the_score_is_upsampled_from():
     nodes = Nodes((64, 64), (505, 505), (375, 500))
-    assert (nodes.rows, nodes.columns) == (48, 64)
+    assert (nodes.rows, nodes.columns) == (48, 63)
     assert nodes.pixel(3 * 64 + 5) == (40.0, 24.0)
     assert nodes.of_pixel(43, 27) == 3 * 64 + 5
     assert nodes.of_pixel(44, 28) == 4 * 64 + 6
@@ -235,8 +234,9 @@ def test_nodes_lie_where_the_score_is_upsampled_from():
     assert spread_out.shape == (375, 500)
     assert spread_out[27, 43] == 3 * 64 + 5
     back = nodes.at_nodes(spread_out, -1)
-    np.testing.assert_array_equal(back[:47], values[:47])
+    np.testing.assert_array_equal(back[:48, :63], values[:48, :63])
     assert (back[48:] == -1).all()
+    assert (back[:, 63:] == -1).all()
 
 
 def test_coefficients_are_those_of_training_and_of_the_weights(draw, unbroken, tmp_path):
