@@ -35,8 +35,8 @@ SMALLEST = 0.005
 """Share of the image below which a region gets no pixel."""
 
 MEASURES = (
-    "itself", "largest", "effective_nodes", "padding", "same_class", "same_class_even", "colour_distance",
-    "colour_distance_even", "distance",
+    "itself", "effective_nodes", "largest", "padding", "same_class", "same_class_near", "same_class_even",
+    "colour_distance", "colour_distance_near", "colour_distance_even", "distance",
 )  # fmt: skip
 
 
@@ -57,7 +57,8 @@ def draw_transitions(
     - the rest leave out i itself and the padding, and weigh what is left to 1:
       `same_class`: Σ p_j over nodes of i's class. `colour_distance`: Σ p_j |colour_i − colour_j|, colours
       being means around the nodes, RGB in [0, 1]. `distance`: Σ p_j |i − j| in nodes.
-      `same_class_even` and `colour_distance_even`: what a walk to anywhere would have.
+      `..._even`: what a walk to anywhere on the image would have. `..._near`: what one would have that goes
+      as far as p does, but in any direction, for what is near is alike; distances are rounded to nodes.
 
     Classes are the truth's, where it is not known the prediction's; nodes on void count in no class.
 
@@ -131,12 +132,12 @@ def draw_transitions(
 
 
 def table_of_transitions(rows: Sequence[Mapping[str, Any]]) -> str:
-    """transitions_mean.csv as aligned text."""
+    """transitions_mean.csv as aligned text, without `largest` and `padding`."""
     width = max(len("walk"), *(len(row["walk"]) for row in rows))
-    names = [name.replace("_", " ") for name in MEASURES]
-    lines = [f"{'walk':<{width}}" + "".join(f"  {name:>8}" for name in names)]
+    shown = [name for name in MEASURES if name not in ("largest", "padding")]
+    lines = [f"{'walk':<{width}}" + "".join(f"  {name.replace('_', ' '):>8}" for name in shown)]
     for row in rows:
-        cells = (f"  {row[key]:>{max(8, len(key))}.3g}" for key in MEASURES)
+        cells = (f"  {row[name]:>{max(8, len(name))}.3g}" for name in shown)
         lines.append(f"{row['walk']:<{width}}" + "".join(cells))
     return "\n".join(lines)
 
@@ -225,10 +226,11 @@ class _Scene:
         others[np.arange(len(index)), index] = False
         labels = self.node_labels
         known = others & (labels != VOID) & (labels[index] != VOID)[:, None]
-        return _Pairs(
-            index, others, known, known & (labels == labels[index][:, None]),
-            _distances(self.colours[index], self.colours), _distances(self.places[index], self.places),
-        )  # fmt: skip
+        same = known & (labels == labels[index][:, None])
+        colour = _distances(self.colours[index], self.colours)
+        place = _distances(self.places[index], self.places)
+        near = _mean_at_distance(same, known, place), _mean_at_distance(colour, others, place)
+        return _Pairs(index, others, known, same, colour, place, *near)
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,8 @@ class _Pairs:
         same: besides, the same one.
         colour: how far their colours are apart.
         place: how far they themselves are, in nodes.
+        same_near: share of the same class among all nodes of known class as far from i as j.
+        colour_near: mean distance in colour to all nodes as far from i as j.
     """
 
     index: NDArray[np.int64]
@@ -250,27 +254,45 @@ class _Pairs:
     same: NDArray[np.bool_]
     colour: NDArray[np.float64]
     place: NDArray[np.float64]
+    same_near: NDArray[np.float64]
+    colour_near: NDArray[np.float64]
 
     def measure(self, rows: NDArray[np.float64], inside: NDArray[np.bool_]) -> dict[str, NDArray[np.float64]]:
         """`MEASURES` of the nodes' rows of P [n, N]; nan where there is nothing to go by."""
-        elsewhere = rows * self.others
-        left = elsewhere.sum(1)
+        elsewhere, of_known = rows * self.others, rows * self.known
         own = rows[np.arange(len(rows)), self.index]
-
-        def mean(of: NDArray[Any]) -> NDArray[np.float64]:
-            total: NDArray[np.float64] = np.einsum("ij,ij->i", elsewhere, of) / left
-            return total
-
         with np.errstate(divide="ignore", invalid="ignore"):
             return {
-                "itself": own, "largest": rows.max(1), "effective_nodes": np.exp(entr(rows).sum(1)),
+                "itself": own,
+                "effective_nodes": np.exp(entr(rows).sum(1)),
+                "largest": rows.max(1),
                 "padding": rows[:, ~inside].sum(1),
-                "same_class": mean(self.same) / mean(self.known),
-                "same_class_even": self.same.sum(1) / self.known.sum(1),
-                "colour_distance": mean(self.colour),
-                "colour_distance_even": (self.others * self.colour).sum(1) / self.others.sum(1),
-                "distance": mean(self.place),
-            }  # fmt: skip
+                "same_class": _weighed(self.same, of_known),
+                "same_class_near": _weighed(self.same_near, of_known),
+                "same_class_even": _weighed(self.same, self.known),
+                "colour_distance": _weighed(self.colour, elsewhere),
+                "colour_distance_near": _weighed(self.colour_near, elsewhere),
+                "colour_distance_even": _weighed(self.colour, self.others),
+                "distance": _weighed(self.place, elsewhere),
+            }
+
+
+def _weighed(values: NDArray[Any], weights: NDArray[Any]) -> NDArray[np.float64]:
+    """Means of rows, [n]."""
+    means: NDArray[np.float64] = (values * weights).sum(1) / weights.sum(1)
+    return means
+
+
+def _mean_at_distance(
+    values: NDArray[Any], among: NDArray[np.bool_], distance: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """For every pair, the mean of i's values over all j of `among` at the same distance, [n, N]."""
+    ring = distance.round().astype(np.int64)
+    ring += (ring.max() + 1) * np.arange(len(ring))[:, None]
+    count = np.bincount(ring.ravel(), among.ravel())
+    total = np.bincount(ring.ravel(), (values * among).ravel())
+    means: NDArray[np.float64] = (total / np.maximum(count, 1))[ring]
+    return means
 
 
 def _distances(some: NDArray[np.float64], all_: NDArray[np.float64]) -> NDArray[np.float64]:

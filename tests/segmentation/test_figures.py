@@ -5,14 +5,14 @@ import dataclasses
 import itertools
 import shutil
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
 
-from segmentation import engine
+from segmentation import engine, timing
 from segmentation.checkpoint import Description, load_weights, save_weights
 from segmentation.data import VOID
 from segmentation.data.loader import spread
@@ -24,7 +24,6 @@ from segmentation.figures.inputs import Nodes, Study
 from segmentation.figures.transitions import MEASURES, PIXELS, telling_pixels
 from segmentation.inference import load_model
 from segmentation.models import SimDeepLab
-from segmentation.timing import seconds_by_part
 
 
 def rows(file):
@@ -142,35 +141,45 @@ def test_without_a_truth_scores_are_left_out_and_that_is_told(draw, many_classes
         column(rows(tmp_path / "c" / "walks.csv"), "miou").tolist()
     )
     draw("maps", tmp_path / "photo.png", "val-5", "--checkpoint", many_classes, "--out", tmp_path / "b")
-    draw("transitions", tmp_path / "photo.png", "--checkpoint", many_classes, "--out", tmp_path)
-    assert {row["truth"] for row in rows(tmp_path / "transitions.csv")} == {"False"}
-    # A photo shorter than what the model sees has padding below, where some of every row goes.
-    assert column(rows(tmp_path / "transitions.csv"), "padding").max() > 0
 
 
 def measured_plainly(P, node, label, image):
-    """What transitions.csv says of a row, by loops over a dense P [N, N]."""
-    grid = 13
-    colours = torch.nn.functional.interpolate(image[None].double() / 255, (grid, grid), mode="area")[0]
-    weights = {"same": 0.0, "known": 0.0, "colour": 0.0, "far": 0.0, "all": 0.0}
-    at = divmod(node, grid)
-    own = int(label[8 * at[0], 8 * at[1]])
-    for j in range(grid * grid):
-        place = divmod(j, grid)
-        if j == node:
-            continue
-        p, c = float(P[node, j]), int(label[8 * place[0], 8 * place[1]])
-        weights["all"] += p
-        weights["same"] += p * (c == own)
-        weights["known"] += p * (c != VOID)
-        weights["colour"] += p * float((colours[:, at[0], at[1]] - colours[:, place[0], place[1]]).norm())
-        weights["far"] += p * float(np.hypot(at[0] - place[0], at[1] - place[1]))
+    """What transitions.csv says of a row, by loops over a dense P [N, N] and the nodes on the image."""
+    grid, rows_seen = 13, -(-(label.shape[0] + 4) // 8)
+    whole = torch.zeros(3, 97, 97)
+    whole[:, : label.shape[0]] = image[:, : label.shape[0]]
+    colours = torch.nn.functional.interpolate(whole[None].double() / 255, (grid, grid), mode="area")[0]
+    classes = {
+        j: int(label[min(8 * (j // grid), label.shape[0] - 1), 8 * (j % grid)])
+        for j in range(grid * rows_seen)
+    }
     row = P[node].double()
-    return {
-        "itself": float(row[node]), "largest": float(row.max()), "padding": 0.0,
+
+    def far(j, k):
+        return float(np.hypot(j // grid - k // grid, j % grid - k % grid))
+
+    def apart(j):
+        return float((colours.flatten(1)[:, node] - colours.flatten(1)[:, j]).norm())
+
+    others = [j for j in classes if j != node]
+    total = sum(float(row[j]) for j in others)
+    sums = dict.fromkeys(
+        ("same_class", "same_class_near", "colour_distance", "colour_distance_near", "distance"), 0.0
+    )
+    for j in others:
+        share = float(row[j]) / total
+        ring = [k for k in others if round(far(k, node)) == round(far(j, node))]
+        sums["same_class"] += share * (classes[j] == classes[node])
+        sums["same_class_near"] += share * np.mean([classes[k] == classes[node] for k in ring])
+        sums["colour_distance"] += share * apart(j)
+        sums["colour_distance_near"] += share * np.mean([apart(k) for k in ring])
+        sums["distance"] += share * far(j, node)
+    return sums | {
+        "itself": float(row[node]), "largest": float(row.max()),
+        "padding": float(row[grid * rows_seen :].sum()),
         "effective_nodes": float(torch.exp(torch.special.entr(row).sum())),
-        "same_class": weights["same"] / weights["known"],
-        "colour_distance": weights["colour"] / weights["all"], "distance": weights["far"] / weights["all"],
+        "same_class_even": np.mean([classes[j] == classes[node] for j in others]),
+        "colour_distance_even": np.mean([apart(j) for j in others]),
     }  # fmt: skip
 
 
@@ -201,8 +210,27 @@ def test_rows_of_transitions_are_those_of_the_model(draw, many_classes, model, t
     assert float(means[2]["itself"]) == pytest.approx(expected, rel=1e-5)
     even = [np.mean([(np.sum(nodes == c) - 1) / (len(nodes) - 1)]) for c in np.unique(nodes)]
     assert float(means[0]["same_class_even"]) == pytest.approx(np.mean(even))
-    for name in MEASURES:
+    for name in set(MEASURES) - {"largest", "padding"}:
         assert name.replace("_", " ") in told
+
+
+def test_padding_is_told_apart_and_the_prediction_stands_in_for_the_truth(
+    draw, many_classes, model, tmp_path
+):
+    image, _ = ShapesDataset("val")[5]
+    Image.fromarray(image.permute(1, 2, 0).numpy()[:60]).save(tmp_path / "photo.png")
+    draw("transitions", tmp_path / "photo.png", "--pixels", "40,57", "--checkpoint", many_classes,
+         "--out", tmp_path)  # fmt: skip
+    padded = evaluation_transform(tv_tensors.Image(image[:, :60]), 97)[None]
+    with torch.no_grad():
+        label = model(padded)[0, :, :60].argmax(0).numpy()
+        dense = [P.dense()[0] for P in model.transitions(padded)]
+    table = rows(tmp_path / "transitions.csv")
+    assert column(table, "padding").max() > 1e-3
+    for row, P in zip(table, dense, strict=True):
+        assert (row["truth"], row["node"]) == ("False", str(7 * 13 + 5))
+        for name, value in measured_plainly(P, 7 * 13 + 5, label, image).items():
+            assert float(row[name]) == pytest.approx(value, rel=1e-4, abs=1e-7), name
 
 
 def test_pixels_are_chosen_deep_inside_the_largest_regions():
@@ -299,20 +327,25 @@ def test_timing_tells_every_part_of_every_model(draw, many_classes, tmp_path):
     [("seed_branch", "seed branch"), ("importance", "seed branch"), ("cascade", "diffusion"),
      ("similarity_branch", "similarity branch")],
 )  # fmt: skip
-def test_time_is_counted_for_the_part_it_was_spent_in(model, slowed, part):
-    handle = getattr(model, slowed).register_forward_pre_hook(lambda *_: time.sleep(0.1))
+def test_time_is_counted_for_the_part_it_was_spent_in(model, monkeypatch, slowed, part):
+    # A clock on which nothing takes time but this module.
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    handle = getattr(model, slowed).register_forward_pre_hook(lambda *_: clock.append(clock.pop() + 1.0))
     try:
-        found = seconds_by_part({"it": model}, torch.zeros(1, 3, 33, 33), rounds=1)["it"]
+        found = timing.seconds_by_part({"it": model}, torch.zeros(1, 3, 33, 33), rounds=2)["it"]
     finally:
         handle.remove()
-    assert list(found) == ["seed branch", "similarity branch", "diffusion", "upsampling"]
-    assert found[part] >= 0.1
+    parts = ["seed branch", "similarity branch", "diffusion", "upsampling"]
+    expected = {name: [float(name == part)] * 2 for name in parts}
+    assert {name: seconds.tolist() for name, seconds in found.items()} == expected
+    assert list(found) == parts
     assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_the_baseline_is_timed_in_two_parts():
     model = SimDeepLab("resnet18", 3).eval()
-    (parts,) = seconds_by_part({"it": model}, torch.zeros(1, 3, 33, 33), rounds=2).values()
+    (parts,) = timing.seconds_by_part({"it": model}, torch.zeros(1, 3, 33, 33), rounds=2).values()
     assert {part: len(seconds) for part, seconds in parts.items()} == {"network": 2, "upsampling": 2}
 
 
