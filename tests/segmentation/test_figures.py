@@ -140,7 +140,6 @@ def test_without_a_truth_scores_are_left_out_and_that_is_told(draw, many_classes
     assert column(rows(tmp_path / "b" / "walks.csv"), "miou").tolist() == (
         column(rows(tmp_path / "c" / "walks.csv"), "miou").tolist()
     )
-    draw("maps", tmp_path / "photo.png", "val-5", "--checkpoint", many_classes, "--out", tmp_path / "b")
 
 
 def measured_plainly(P, node, label, image):
@@ -155,12 +154,9 @@ def measured_plainly(P, node, label, image):
     }
     row = P[node].double()
 
-    def far(j, k):
-        return float(np.hypot(j // grid - k // grid, j % grid - k % grid))
-
-    def apart(j):
-        return float((colours.flatten(1)[:, node] - colours.flatten(1)[:, j]).norm())
-
+    places = np.stack(np.divmod(np.arange(grid * grid), grid), -1)
+    far = np.linalg.norm(places - places[node], axis=-1)
+    apart = (colours.flatten(1) - colours.flatten(1)[:, [node]]).norm(dim=0).numpy()
     others = [j for j in classes if j != node]
     total = sum(float(row[j]) for j in others)
     sums = dict.fromkeys(
@@ -168,18 +164,18 @@ def measured_plainly(P, node, label, image):
     )
     for j in others:
         share = float(row[j]) / total
-        ring = [k for k in others if round(far(k, node)) == round(far(j, node))]
+        ring = [k for k in others if round(far[k]) == round(far[j])]
         sums["same_class"] += share * (classes[j] == classes[node])
         sums["same_class_near"] += share * np.mean([classes[k] == classes[node] for k in ring])
-        sums["colour_distance"] += share * apart(j)
-        sums["colour_distance_near"] += share * np.mean([apart(k) for k in ring])
-        sums["distance"] += share * far(j, node)
+        sums["colour_distance"] += share * apart[j]
+        sums["colour_distance_near"] += share * np.mean(apart[ring])
+        sums["distance"] += share * far[j]
     return sums | {
         "itself": float(row[node]), "largest": float(row.max()),
         "padding": float(row[grid * rows_seen :].sum()),
         "effective_nodes": float(torch.exp(torch.special.entr(row).sum())),
         "same_class_even": np.mean([classes[j] == classes[node] for j in others]),
-        "colour_distance_even": np.mean([apart(j) for j in others]),
+        "colour_distance_even": np.mean(apart[others]),
     }  # fmt: skip
 
 
