@@ -14,8 +14,8 @@ from segmentation.rundir import write_rows
 from segmentation.timing import seconds_by_part
 
 _COLOURS = {
-    "seed branch": "#4477aa", "similarity branch": "#66ccee", "diffusion": "#ee6677", "network": "#4477aa",
-    "upsampling": "#bbbbbb",
+    "seed branch": "#86aede", "similarity branch": "#a9def0", "diffusion": "#f0919b", "network": "#a3cf95",
+    "upsampling": "#c4c4c4",
 }  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def draw_timing(
     axis.invert_yaxis()
     axis.tick_params(labelsize=7, width=0.5)
     axis.spines[["top", "right"]].set_visible(False)
-    where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    where = f"{device}, threads: {torch.get_num_threads()}" if device.type == "cpu" else str(device)
     axis.set_xlabel(f"seconds for one image of {image_size}x{image_size} ({where})", fontsize=7)
     figure.legend(loc="outside upper center", ncols=5, fontsize=6.5, frameon=False)
     written = save(figure, stem)
