@@ -1,7 +1,7 @@
 """DifNet and its baseline: semantic segmentation by learned cascades of random walks (see graphdiff).
 
-The programs are `python -m segmentation.prepare`, `.train`, `.evaluate` and `.predict`; `load` gives a
-trained model.
+The programs are `python -m segmentation.prepare`, `.train`, `.evaluate`, `.predict` and `.figures`; `load`
+gives a trained model.
 """
 
 from importlib.util import find_spec

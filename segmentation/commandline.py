@@ -1,5 +1,6 @@
 """What the programs that use a checkpoint share on their command lines."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,30 +29,33 @@ Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to c
 Threads = Annotated[int, typer.Option(help="Threads of torch on the CPU; 0 leaves it to torch.", min=0)]
 
 
-def run(command: Callable[..., Any]) -> None:
-    """Parse the arguments and run; faults of the user end in one line and exit code 2."""
+# Options that take several values, and the form of those.
+_MANY = {"--scales": re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|nan|inf"), "--pixels": re.compile(r"-?\d+,-?\d+")}
+
+
+def run(*commands: Callable[..., Any]) -> None:
+    """Parse the arguments and run; faults of the user end in one line and exit code 2.
+
+    Several commands are told apart by the first argument, their names.
+    """
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command()(command)
+    for command in commands:
+        app.command()(command)
+    arguments = sys.argv[1:]
+    for option in _MANY:
+        arguments = _one_value_each(arguments, option)
     with told_in_one_line():
-        app(args=_one_value_each(sys.argv[1:], "--scales"))
+        app(args=arguments)
 
 
 def _one_value_each(arguments: list[str], option: str) -> list[str]:
-    """Write `option` before each of the numbers that follow it, as typer wants an option with many values."""
+    """Write `option` before each of the values that follow it, as typer wants an option with many values."""
     spread: list[str] = []
     among_values = False
     for argument in arguments:
-        is_value = among_values and _is_number(argument)
+        is_value = among_values and _MANY[option].fullmatch(argument) is not None
         if is_value and spread[-1] != option:
             spread.append(option)
         spread.append(argument)
         among_values = is_value or argument == option
     return spread
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

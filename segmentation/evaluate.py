@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -70,11 +69,12 @@ def evaluate(
     import numpy as np
     import torch
 
-    from segmentation import engine, figures, rundir
+    from segmentation import rundir
     from segmentation.boundary import BoundaryIoU, Trimap
     from segmentation.data import loader
+    from segmentation.figures.panel import panel as draw_panel
     from segmentation.fragments import Fragments
-    from segmentation.inference import load_model, views_for
+    from segmentation.inference import load_model, scored_dataset, views_for
     from segmentation.metrics import ConfusionMatrix
 
     if panel and out is None:
@@ -83,17 +83,8 @@ def evaluate(
         torch.set_num_threads(threads)
     model, about = load_model(checkpoint, device)
     views = views_for(about.config, scales, flip, fusion)
-    config = about.config
-    if data_path is not None:
-        config = dataclasses.replace(config, data_path=data_path)
-    dataset = engine.build_dataset(config, split)
-    classes = dataset.classes
-    if classes != about.classes:
-        raise UsageError(
-            f"{checkpoint} knows {len(about.classes)} classes ({', '.join(about.classes[:4])}, ...), "
-            f"the data has {len(classes)} ({', '.join(classes[:4])}, ...): "
-            "give --data-path the data it was trained for"
-        )
+    dataset = scored_dataset(about, checkpoint, split, data_path)
+    config, classes = about.config, dataset.classes
 
     if out is not None:
         # Before the scoring, which may take hours.
@@ -143,7 +134,7 @@ def evaluate(
         )
     if boundary:
         scattered = fragments.compute()
-        numbers |= _border_numbers(trimap, inner, scattered)
+        numbers |= border_numbers(trimap, inner, scattered)
         for row, iou in zip(rows, inner.iou, strict=True):
             row["boundary_iou"] = float(iou)
         for name, values in scattered.per_class().items():
@@ -163,7 +154,7 @@ def evaluate(
                 rundir.write_rows(out / "trimap.csv", _trimap_rows(trimap))
                 written.append("trimap.csv")
             if panel:
-                figures.panel(model, dataset, loader.spread(len(dataset), panel), out / "panel.png")
+                draw_panel(model, dataset, loader.spread(len(dataset), panel), out / "panel.png")
                 written.append("panel.png")
         print(f"wrote {', '.join(str(out / name) for name in written)}")
     return scores
@@ -180,8 +171,8 @@ def _trimap_rows(trimap: Trimap) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _border_numbers(trimap: Trimap, inner: BoundaryIoU, scattered: Fragmentation) -> dict[str, float]:
-    """Entries of metrics.json."""
+def border_numbers(trimap: Trimap, inner: BoundaryIoU, scattered: Fragmentation) -> dict[str, float]:
+    """How close predictions keep to the truth's borders and how scattered they are, by name."""
     curve = trimap.curve()
     told = {f"trimap_miou_{width}": curve[width - 1].miou for width in TOLD_BANDS}
     return told | {"boundary_iou": inner.miou} | scattered.overall()

@@ -1,5 +1,6 @@
 """A trained model at work: loaded from its file alone, and asked about an image at several scales."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from segmentation import engine
 from segmentation.checkpoint import Description, load_into, load_weights
 from segmentation.config import Config
+from segmentation.data import SegmentationDataset
 from segmentation.data.folder import FolderDataset
 from segmentation.data.shapes import ShapesDataset
 from segmentation.data.transforms import evaluation_transform, padded_side
@@ -47,6 +49,33 @@ def load_model(checkpoint: Path, device: str) -> tuple[engine.Model, Description
     model = engine.build_model(about.config, len(about.classes))
     load_into(model, weights, checkpoint)
     return model.to(engine.pick_device(device)).eval(), about
+
+
+def scored_dataset(
+    about: Description, checkpoint: Path, split: str, data_path: str | None
+) -> SegmentationDataset:
+    """One split of the data a model was trained for.
+
+    Args:
+        about: what the model is of.
+        checkpoint: the file it is from, for messages.
+        split: name of the list.
+        data_path: the data, where they lie elsewhere than in training.
+
+    Raises:
+        UsageError: there are no such data, or they have other classes.
+    """
+    config = about.config
+    if data_path is not None:
+        config = dataclasses.replace(config, data_path=data_path)
+    dataset = engine.build_dataset(config, split)
+    if dataset.classes != about.classes:
+        raise UsageError(
+            f"{checkpoint} knows {len(about.classes)} classes ({', '.join(about.classes[:4])}, ...), "
+            f"the data has {len(dataset.classes)} ({', '.join(dataset.classes[:4])}, ...): "
+            "give --data-path the data it was trained for"
+        )
+    return dataset
 
 
 def scored_size(config: Config) -> int:

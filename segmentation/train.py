@@ -57,9 +57,10 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
     import torch
     from lightning.fabric import Fabric
 
-    from segmentation import checkpoint, engine, figures, processes
+    from segmentation import checkpoint, engine, processes
     from segmentation.data import loader
     from segmentation.data.transforms import training_transform
+    from segmentation.figures.panel import panel
     from segmentation.files import WriteFault
     from segmentation.inference import views_for
     from segmentation.models import DifNet
@@ -244,7 +245,7 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
         return 0
     assert scores is not None  # the last step is always scored
     chosen = loader.spread(len(validation_set), PANEL_IMAGES)
-    figures.panel(trainer.scored, validation_set, chosen, run.panel)
+    panel(trainer.scored, validation_set, chosen, run.panel)
     _report(config, trainer.scored, scores, at.best_miou, classes, run)
     return 0
 

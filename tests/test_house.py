@@ -62,12 +62,14 @@ FLOORS = {
         ],
         ["metrics", "boundary", "fragments"],
         ["config"],
-        ["checkpoint", "rundir", "progress", "figures", "images"],
-        ["engine"],
+        ["checkpoint", "rundir", "progress", "figures", "figures.drawing", "figures.panel", "images"],
+        ["engine", "timing"],
         ["trainer"],
         ["inference"],
         [""],
         ["prepare", "train", "evaluate", "predict"],
+        ["figures.inputs", "figures.maps", "figures.transitions", "figures.walks", "figures.coefficients"],
+        ["figures.times", "figures.explore", "figures.__main__"],
     ],
 }
 
@@ -141,6 +143,7 @@ def test_the_wheel_installs_elsewhere(tmp_path):
         "segmentation/py.typed",
         "segmentation/configs/shapes.yaml",
         "segmentation/configs/paper/voc-difnet-50.yaml",
+        "segmentation/figures/explore.html",
     ):
         assert needed in names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]

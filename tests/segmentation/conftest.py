@@ -8,8 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from segmentation.checkpoint import load_weights, save_weights
 from segmentation.config import Config, resolve
-from segmentation.data.shapes import draw
+from segmentation.data.shapes import ShapesDataset, draw
+from segmentation.data.transforms import evaluation_transform
+from segmentation.engine import build_model
 from segmentation.train import train
 
 
@@ -83,3 +86,21 @@ def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "unbroken"
     assert train(tiny(folder, **UNBROKEN)) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def many_classes(unbroken, tmp_path_factory):
+    """The checkpoint of that run, made to see every class and to walk far: a run of seconds does neither."""
+    weights, about = load_weights(unbroken / "last.safetensors")
+    model = build_model(about.config, len(about.classes)).eval()
+    model.load_state_dict(weights)
+    image, _ = ShapesDataset("val")[0]
+    with torch.no_grad():
+        score = model(evaluation_transform(image, 97)[None], return_maps=True).score
+        model.score.convs[0].bias -= score.mean((0, 2, 3))
+        for t, step in enumerate(model.cascade.steps):
+            step.mu_logit.fill_(1.0 + 0.2 * t)
+            step.beta_logit.fill_(0.9 - 0.1 * t)
+    file = tmp_path_factory.mktemp("many") / "last.safetensors"
+    save_weights(file, model, about)
+    return file

@@ -1,0 +1,1 @@
+"""Figures of what a model does: `python -m segmentation.figures --help`."""
