@@ -103,7 +103,9 @@ def draw(rows, file):
     mus = sorted({row[0] for row in rows})
     figure = Figure(figsize=(3.7 * len(mus), 3.2), dpi=110, layout="constrained")
     for axis, mu in zip(figure.subplots(1, len(mus), squeeze=False)[0], mus, strict=True):
-        _, T, walk, walks, chebyshev, chebyshevs, sigmoid, free, _ = zip(*(r for r in rows if r[0] == mu))
+        _, T, walk, walks, chebyshev, chebyshevs, sigmoid, free, _ = (
+            [row[i] for row in rows if row[0] == mu] for i in range(9)
+        )
         axis.semilogy(T, walks, "C0:", label="bound of walks, µ^T")
         axis.semilogy(T, walk, "C0.-", label="walk")
         axis.semilogy(T, chebyshevs, "C1:", label="bound of Chebyshev")

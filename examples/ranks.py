@@ -7,8 +7,8 @@
 
 `pagerank` ranks every node, to a bound in the 1-norm; `top_k` finds the first k alone, and says of each rank
 whether any other node could have it. Without --graph a network with hubs is drawn: 200,000 nodes, a million
-edges. A .npz file names `src`, `dst`, `num_nodes`, and `directed`: if that is false each edge is both ways. Needs
-graphdiff and scipy. Takes seconds.
+edges. A .npz file has `src`, `dst`, `num_nodes`, and `directed`: if that is false each edge is both ways.
+Needs graphdiff alone. Takes seconds.
 """
 
 import argparse

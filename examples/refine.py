@@ -2,11 +2,11 @@
 
     y = CascadedWalk(score, features)    or    y = Diffusion(score, features)
 
-The network's score is the seed; similarities come from the image and the network's own features. Networks: torchvision's
-LR-ASPP ("torchvision"), and a ResNet-18 of timm with a 1×1 convolution as its head ("timm"). All weights start at
-random. The data are generated: `segmentation.data.shapes`, images of 97 × 97 with six classes.
+The network's score is the seed; similarities come from the image and the network's own features. Networks:
+torchvision's LR-ASPP, or timm's ResNet-18 with a 1×1 convolution as its head; weights start at random. The
+data are generated, `segmentation.data.shapes`: images of 97 × 97 pixels with six classes.
 
-The network is trained alone; mIoU on validation images is "before". From there it goes on in three copies, for equally
+The network is trained alone; mIoU on validation images is "before". From there three copies go on for equally
 many steps: alone, with a cascade, with an exact diffusion: "after".
 
     python examples/refine.py
@@ -39,7 +39,7 @@ class TorchvisionNet(nn.Module):
         self.net = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=classes)
         for module in self.net.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 0.1  # its 0.01 is for long training: statistics would lag hundreds of steps
+                module.momentum = 0.1  # its 0.01 is for long training
 
     def forward(self, image):
         features = self.net.backbone(image)
@@ -134,11 +134,8 @@ def main(arguments=None):
     before = miou(Refined(network), validation, options.images)
     print(f"before             {loss:8.3f}  {before:10.2f}", flush=True)
     features = {"feature_channels": network.channels, "embedding_channels": 32, "scale": 1 / 32**0.5}
-    for name, refine in (
-        ("alone", None),
-        ("CascadedWalk", gd.CascadedWalk(**features)),
-        ("Diffusion", gd.Diffusion(**features)),
-    ):
+    cascade, exact = gd.CascadedWalk(**features), gd.Diffusion(**features)
+    for name, refine in (("alone", None), ("CascadedWalk", cascade), ("Diffusion", exact)):
         model = Refined(copy.deepcopy(network), refine)
         loss = train(model, training, options.more_steps, 8 * options.steps, options.lr / 2)
         after = miou(model, validation, options.images)

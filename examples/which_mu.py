@@ -2,15 +2,15 @@
 
     ŷ_m = (1 − µ_m)(I − µ_m P)⁻¹ s  for all µ_m from one Krylov space (gd.solve_path)
 
-A smooth function on points in the plane is measured with noise at some of them. Diffusing the measurements and, as
-a second signal, where they were taken, gives the weighted mean of measurements near every point; µ sets how
-near. Part of the measurements are kept back to choose µ by; the last column is the truth, which nobody has.
+A smooth function on points in the plane is measured with noise at some of them. Diffusing the measurements
+and, as a second signal, where they were taken, gives the weighted mean of measurements near every point; µ
+sets how near. Part of them are kept back to choose µ by; the last column needs the truth, which nobody has.
 
     python examples/which_mu.py
     python examples/which_mu.py --noise 1.0 --out which_mu.png
 
-Prints for every µ the bound of the error of the solve, the validation error and the true error, and the products
-that the path took beside those of one solve for each µ. Needs graphdiff and scipy. Takes seconds.
+Prints for every µ the bound of the error of the solve, the validation error and the true error; and products
+of the path beside those of one solve for each µ. Needs graphdiff and scipy. Takes seconds.
 """
 
 import argparse

@@ -77,7 +77,9 @@ def test_diffuse(run, tmp_path):
     rows = table(out, r" +0")
     assert [row[0] for row in rows] == [0, 0.9, 0.99, 0.999]
     right = [row[1] for row in rows]
-    assert right == sorted(right) and right[0] < 70 and right[-1] > 99
+    assert right == sorted(right)
+    assert right[0] < 70
+    assert right[-1] > 99
     assert picture(tmp_path / "diffused.png")
 
 
@@ -97,9 +99,11 @@ def test_convergence(run, tmp_path):
         tmp_path / "c.png",
     )
     for mu, T, walk, walks, chebyshev, chebyshevs, sigmoid, free, products in table(out, r" +0\.9"):
-        assert walk < walks and abs(walks - mu**T) < 1e-2 * walks
+        assert walk < walks
+        assert abs(walks - mu**T) < 1e-2 * walks
         assert chebyshev < chebyshevs
-        assert sigmoid < 1.1 * walk and free < 1.1 * min(walk, chebyshev)
+        assert sigmoid < 1.1 * walk
+        assert free < 1.1 * min(walk, chebyshev)
         assert 10 < products < 40
     assert abs(chebyshevs - 0.0756) < 1e-4  # theory 7: five steps at µ = .9
     assert free < 0.5 * min(walk, chebyshev)
@@ -109,7 +113,8 @@ def test_convergence(run, tmp_path):
 def test_strokes(run, tmp_path):
     out = run("strokes", "--out", tmp_path / "s.png")
     rows = table(out, r" +\d ")
-    assert [row[0] for row in rows] == [1, 2, 3] and sum(row[2] for row in rows) == 120**2
+    assert [row[0] for row in rows] == [1, 2, 3]
+    assert sum(row[2] for row in rows) == 120**2
     assert all(sure == pixels for _, _, pixels, sure in rows)
     assert float(re.search(r"right: ([\d.]+)", out)[1]) > 99
     assert picture(tmp_path / "s.png")
@@ -144,10 +149,14 @@ def citations(tmp_path):
     indices = np.nonzero(words)[1]
     file = tmp_path / "citations.npz"
     np.savez(
-        file, src=src[kept], dst=dst[kept], num_nodes=150, directed=False, y=y, train_idx=np.arange(15),
-        val_idx=np.arange(15, 60), test_idx=np.arange(60, 150), x_indices=indices, x_shape=np.array([150, 30]),
-        x_data=np.ones(len(indices), np.float32), x_indptr=np.concatenate([[0], words.sum(1).cumsum()]),
-    )  # fmt: skip
+        file,
+        **{"src": src[kept], "dst": dst[kept], "num_nodes": 150, "directed": False, "y": y},
+        **{"train_idx": np.arange(15), "val_idx": np.arange(15, 60), "test_idx": np.arange(60, 150)},
+        x_data=np.ones(len(indices), np.float32),
+        x_indices=indices,
+        x_indptr=np.concatenate([[0], words.sum(1).cumsum()]),
+        x_shape=np.array([150, 30]),
+    )
     return file
 
 
@@ -156,7 +165,8 @@ def test_ppnp(run, citations):
     appnp, exact, learned, spreading = (
         [float(x) for x in re.findall(r"\d+\.\d+", line)] for line in out.splitlines()[1:]
     )
-    assert appnp[-1] == exact[-1] == spreading[-1] == 0.9 and learned[-1] != 0.9
+    assert appnp[-1] == exact[-1] == spreading[-1] == 0.9
+    assert learned[-1] != 0.9
     assert min(appnp[0], exact[0], learned[0], spreading[0]) > 60  # a guess is right one time in three
 
 
@@ -204,13 +214,17 @@ def test_ranks(run, tmp_path, directed):
     rows = table(out, r" +\d+ +\d+ 0|    \d")
     assert [row[0] for row in rows] == [1, 2, 3, 4]
     for _, _, y, low, high, whole in rows:
-        assert low <= y * (1 + 1e-6) and y <= high * (1 + 1e-6) and abs(whole - y) < 1e-4
+        assert low <= y * (1 + 1e-6)
+        assert y <= high * (1 + 1e-6)
+        assert abs(whole - y) < 1e-4
     assert not directed or rows[0][1] == 5
 
 
 def test_own_operator(run):
     out = run("own_operator", "--moments", 10, "--places", 60)
-    assert out.count("≤ bound") == 4 and "600 nodes in float32" in out and "NOT converged" not in out
+    assert out.count("≤ bound") == 4
+    assert "600 nodes in float32" in out
+    assert "NOT converged" not in out
 
 
 def test_own_solver(run):
@@ -249,7 +263,9 @@ def test_at_full_size(run, name):
 def test_ppnp_at_full_size(run, cora):
     out = run("ppnp", cora)
     accuracy = [float(x) for x in re.findall(r"(\d+\.\d) ±", out)]
-    assert len(accuracy) == 3 and min(accuracy) > 77 and max(accuracy[:2]) > 81
+    assert len(accuracy) == 3
+    assert min(accuracy) > 77
+    assert max(accuracy[:2]) > 81
 
 
 @pytest.mark.slow
