@@ -32,3 +32,21 @@ def test_links_inside_the_repository_lead_somewhere():
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for target in re.findall(r"\]\((?!https?://)([^)#]+)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_tests_that_documents_name_exist():
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    for path in sorted((ROOT / "docs").rglob("*.md")):
+        for name in re.findall(r"`(test_\w+)`", path.read_text(encoding="utf-8")):
+            assert f"def {name}(" in tests, f"{path.name} names {name}, which is no test"
+
+
+def test_pictures_are_small_and_their_commands_stand_beside_them():
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in documents)
+    for path in sorted((ROOT / "docs" / "pictures").iterdir()):
+        assert path.stat().st_size < 200_000
+        assert f"pictures/{path.name})" in text, f"no document shows {path.name}"
+        assert re.search(rf"python \S+\.py .*--out docs/pictures/{path.name}", text), (
+            f"what made {path.name}?"
+        )
