@@ -44,9 +44,10 @@ bench: $(STAMP) ## print the tables of docs/benchmarks.md (half an hour, idle ma
 	$(BIN)/python benchmarks/path.py $(if $(GRAPHS),--data $(GRAPHS))
 	$(BIN)/python benchmarks/heat.py $(if $(GRAPHS),--data $(GRAPHS))
 	$(BIN)/python benchmarks/top_k.py $(if $(GRAPHS),--data $(GRAPHS))
+	$(BIN)/python benchmarks/sparse.py --slow $(if $(GRAPHS),--data $(GRAPHS))
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/attention.py
-	$(if $(SEEDED),$(BIN)/python benchmarks/random_walker.py --data $(SEEDED))
+	$(BIN)/python benchmarks/random_walker.py $(if $(SEEDED),--data $(SEEDED))
 	$(if $(VOC),$(BIN)/python benchmarks/loading.py --data-path $(VOC))
 
 clean: ## remove the virtual environment and what the tools left

@@ -13,11 +13,11 @@ from functools import partial
 import torch
 from attention import plain_cascade
 from measure import environment, forget_peak, head, in_process, in_turn, peak, row
-from segmentation.timing import seconds_by_part
 from torch import nn
 from torch.nn import functional as F
 
 from segmentation.models import DifNet, SimDeepLab
+from segmentation.timing import seconds_by_part
 
 CLASSES = 21
 

@@ -1,4 +1,4 @@
-"""Seeded segmentation by random walks against scikit-image; prints a Markdown table.
+"""Seeded segmentation by random walks against scikit-image; prints Markdown tables.
 
 All images of a folder with images/N.jpg, seeds/N.png (0 unknown, 1 background, 2 object) and masks/N.png
 (0 background, 1 object, 255 undecided) are segmented by `gd.random_walker` and by scikit-image's
@@ -8,7 +8,12 @@ on each image; the last column is the median over the images of its time over th
 in the same turn. mIoU is the mean of the two classes' intersection over union of all images' counts,
 undecided pixels left out.
 
-    python benchmarks/random_walker.py --data FOLDER [--every N] [--slow]
+A generated image of 512 × 512 pixels, four grey squares with noise (seed 0) and a seed of 7 × 7 pixels in
+each, needs no folder. There scikit-image's iterative modes get the loosest tolerance, a power of ten found
+before the timing, whose largest difference to bf is at most 1e-6; ours is certified to 1e-6. Times are
+medians, all methods in turn in a round.
+
+    python benchmarks/random_walker.py [--data FOLDER] [--every N] [--slow] [--side 512] [--rounds 3]
 
 needs the extra [bench].
 """
@@ -29,6 +34,7 @@ from skimage.segmentation import random_walker
 
 import graphdiff as gd
 
+ERROR = 1e-6  # allowed on the generated image
 TIGHT = 1e-9  # tolerance of scikit-image's iterative modes at their best
 
 
@@ -92,24 +98,58 @@ class Tally:
         )
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="images/, seeds/ and masks/")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth image")
-    parser.add_argument("--slow", action="store_true", help="iterative methods at tight tolerances too")
-    options = parser.parse_args()
-    files = sorted((options.data / "images").glob("*.jpg"))[:: options.every]
-    if not files:
-        print(f"nothing measured: {options.data} has no images/*.jpg", file=sys.stderr)
-        return
-    methods = METHODS + (SLOW if options.slow else ())
+def squares(side, labels=4):
+    """Four grey squares with noise, and seeds in their middles."""
+    row, column = np.mgrid[:side, :side] // (side // 2)
+    label = (2 * row + column).clip(max=labels - 1)
+    image = label / (labels - 1) + np.random.default_rng(0).normal(0, 0.1, (side, side))
+    seeds = np.zeros((side, side), int)
+    for k in range(labels):
+        middle = [side // 4 + side // 2 * half for half in divmod(k, 2)]
+        seeds[tuple(slice(m - 3, m + 4) for m in middle)] = k + 1
+    return image[..., None], seeds
+
+
+def generated(side, rounds):
+    """Each method on the generated image at the same true error."""
+    image, seeds = squares(side)
+    small = squares(32)
+    exact, _ = theirs(image, seeds, mode="bf")
+
+    def difference(probability):
+        return float(np.abs(probability - exact).max())
+
+    methods = [("scikit-image bf (exact)", theirs, {"mode": "bf"}), ("graphdiff, default", ours, {})]
+    for mode in ("cg_j", "cg_mg"):
+        for tol in 10.0 ** -np.arange(3, 12):
+            if difference(theirs(image, seeds, mode=mode, tol=tol)[0]) <= ERROR:
+                methods.append((f"scikit-image {mode}, tol {tol:.0e}", theirs, {"mode": mode, "tol": tol}))
+                break
+    found, seconds = {}, {name: [] for name, _, _ in methods}
+    for _, method, given in methods:
+        method(*small, **given)
+    for _ in range(rounds):
+        for name, method, given in methods:
+            start = time.perf_counter()
+            found[name] = method(image, seeds, **given)
+            seconds[name].append(time.perf_counter() - start)
+    mine = statistics.median(seconds["graphdiff, default"])
+    print(f"\n{side} × {side}, four labels:\n")
+    print("| method | largest difference to bf | bound | seconds | times ours |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for name, (probability, solution) in found.items():
+        bound = "none" if solution is None else f"{float(solution.error_bound.max()):.0e}"
+        taken = statistics.median(seconds[name])
+        print(f"| {name} | {difference(probability):.0e} | {bound} | {taken:.2f} | {taken / mine:.2f} |")
+
+
+def photographs(files, methods, data):
+    """Every method on every image of the folder."""
     tallies = {name: Tally() for name, _, _ in methods}
     for i, file in enumerate(files):
         image = np.asarray(Image.open(file))
-        seeds = np.asarray(Image.open(options.data / "seeds" / f"{file.stem}.png")).astype(int)
-        mask = np.asarray(Image.open(options.data / "masks" / f"{file.stem}.png"))
+        seeds = np.asarray(Image.open(data / "seeds" / f"{file.stem}.png")).astype(int)
+        mask = np.asarray(Image.open(data / "masks" / f"{file.stem}.png"))
         exact = None
         for name, method, given in methods:
             start = time.perf_counter()
@@ -119,18 +159,38 @@ def main():
             tallies[name].add(probability, solution, exact, mask, seconds)
         print(f"\r{i + 1} of {len(files)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "scipy", "scikit-image", "pyamg"))
     print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
-        f"{versions}; {len(files)} images, float64\n"
-    )
-    print(
+        f"\n{len(files)} images:\n\n"
         "| method | largest difference to bf | median | largest bound | bound above tol | labels unlike bf | "
         "mIoU, % | seconds an image, median | times its default |"
     )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, _, _ in methods:
         print(tallies[name].row(name, tallies[methods[1][0]]))
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="images/, seeds/ and masks/")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth image")
+    parser.add_argument("--slow", action="store_true", help="iterative methods at tight tolerances too")
+    parser.add_argument("--side", type=int, default=512, help="of the generated image; 0 for none")
+    parser.add_argument("--rounds", type=int, default=3, help="on the generated image")
+    options = parser.parse_args()
+    files = sorted((options.data / "images").glob("*.jpg"))[:: options.every] if options.data else []
+    if options.data and not files:
+        print(f"no folder measured: {options.data} has no images/*.jpg", file=sys.stderr)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "scipy", "scikit-image", "pyamg"))
+    print(
+        f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
+        f"{versions}; float64"
+    )
+    if files:
+        photographs(files, METHODS + (SLOW if options.slow else ()), options.data)
+    if options.side:
+        generated(options.side, options.rounds)
 
 
 if __name__ == "__main__":

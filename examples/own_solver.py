@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 import graphdiff as gd
-from graphdiff.solvers.base import Iterate, Solver, norm_of, residual_bound, size, steps_to
+from graphdiff.solvers.base import Iterate, Solver, bounding, norm_of, size, steps_to
 
 
 class State(NamedTuple):
@@ -50,7 +50,8 @@ class HeavyBall(Solver):
         P, mu, alpha, gamma = state
         x, before = initial, initial
         r = rhs - (x - mu * P.matmul(x))
-        bound, steps = residual_bound(P, mu, r), torch.zeros_like(target, dtype=torch.int64)
+        bounded = bounding(P, mu)
+        bound, steps = bounded(r), torch.zeros_like(target, dtype=torch.int64)
         # Steps that theory allows for, and as many again for its constant; never more than the call allows.
         limit = limits.within(2 * steps_to(target, bound, gamma.sqrt()) + 20)
         active, least = (bound > target) & (steps < limit), size(r, norm_of(P))
@@ -59,7 +60,7 @@ class HeavyBall(Solver):
             x, before = torch.where(active, moved, x), torch.where(active, x, before)
             steps = steps + active
             r = rhs - (x - mu * P.matmul(x))
-            bound = residual_bound(P, mu, r)
+            bound = bounded(r)
             growing = size(r, norm_of(P)) > 1e3 * least  # not what the theory says: stop and let others judge
             active = limits.going_on(active & (bound > target) & (steps < limit) & ~growing, steps, bound)
         return Iterate(x, steps.squeeze(-2), steps.squeeze(-2) + 1)

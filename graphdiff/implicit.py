@@ -54,7 +54,9 @@ class _ImplicitSolve(torch.autograd.Function):
     def forward(
         ctx: Any, call: Call, rhs: Tensor, mu: Tensor, initial: Tensor, atol: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        operator = call.operator.with_tensors([t.detach() for t in tensors])
+        operator = call.operator
+        if any(t.requires_grad for t in operator.tensors()):
+            operator = operator.with_tensors([t.detach() for t in tensors])
         state = call.state or call.solver.prepare(operator, mu.to(operator.dtype))
         answer = solve_certified(
             call.solver, state, operator, rhs, mu, initial=initial, atol=atol, budget=call.budget

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphdiff.solvers.base import Iterate, Limits, Problem, Solver, carry_on, inner, residual_bound, steps_to
+from graphdiff.solvers.base import Iterate, Limits, Problem, Solver, bounding, carry_on, inner, steps_to
 from graphdiff.solvers.walk import Walk
 
 
@@ -36,9 +36,9 @@ class BiCGSTAB(Solver):
         def dot(u: Tensor, v: Tensor) -> Tensor:
             return inner(one, u, v)
 
-        y = initial
+        y, bounded = initial, bounding(operator, mu)
         residual = shadow = direction = rhs - apply(y)
-        best, bound = y + residual, residual_bound(operator, mu, residual)
+        best, bound = y + residual, bounded(residual)
         best_bound = bound
         steps = torch.zeros(*rhs.shape[:-2], 1, rhs.shape[-1], dtype=torch.int64, device=rhs.device)
         walks = steps_to(target, bound, mu.amax(-2, keepdim=True))
@@ -60,7 +60,7 @@ class BiCGSTAB(Solver):
             residual = torch.where(active, half - narrow[1] * second, residual)
             steps = steps + active
 
-            bound = residual_bound(operator, mu, residual)
+            bound = bounded(residual)
             better = active & (bound < best_bound)
             best = torch.where(better, y + residual, best)
             best_bound = torch.where(better, bound, best_bound)

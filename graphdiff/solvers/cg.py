@@ -12,11 +12,11 @@ from graphdiff.solvers.base import (
     Limits,
     Problem,
     Solver,
+    bounding,
     carry_on,
     check_reversible,
     inner,
     rate_of,
-    residual_bound,
     steps_to,
 )
 from graphdiff.solvers.chebyshev import Chebyshev
@@ -83,8 +83,8 @@ class CG(Solver):
             residual = residual - part.to(rhs.dtype)
             y = y + (part / (1 - mu)).to(rhs.dtype)
 
-        square = inner(weight, residual, residual)
-        bound = residual_bound(operator, mu, residual)
+        bounded = bounding(operator, mu)
+        square, bound = inner(weight, residual, residual), bounded(residual)
         steps = torch.zeros(*rhs.shape[:-2], 1, rhs.shape[-1], dtype=torch.int64, device=rhs.device)
         # Theory's count, from the D-norm to the promise's and back; rounding delays CG, hence twice.
         spread = (log_weight.amin(-2, keepdim=True) / 2).to(wide).exp()
@@ -94,21 +94,24 @@ class CG(Solver):
         patience = 10 + steps_to(torch.ones_like(bound), torch.full_like(bound, 8.0), rate_of(operator, mu))
         halved_at, halved = steps, bound
         first, first_residual, largest = y, residual, LOSS / torch.finfo(rhs.dtype).eps * bound
-        direction = residual
+        # What changes at every step is changed where it stands: new memory would cost as much as the sums.
+        y, residual, direction = (x.expand_as(residual).clone() for x in (y, residual, residual))
+        image, moved = torch.empty_like(residual), torch.empty_like(residual)
         while bool(active.any()):
-            image = direction - mu * operator.matmul(direction)
+            torch.mul(operator.matmul(direction), mu, out=image)
+            torch.sub(direction, image, out=image)
             curvature = inner(weight, direction, image)
             # No curvature, no step: that is rounding, or an operator that is not what it says.
             active = active & (curvature > 0)
             step = torch.where(active, square / curvature, 0.0).to(rhs.dtype)
-            y = y + step * direction
-            residual = residual - step * image
+            y += torch.mul(direction, step, out=moved)
+            residual -= torch.mul(image, step, out=moved)
             steps = steps + active
             following = inner(weight, residual, residual)
-            conjugate = torch.where(active, following / square, 0.0).to(rhs.dtype)
-            direction = residual + conjugate * direction
+            direction *= torch.where(active, following / square, 0.0).to(rhs.dtype)
+            direction += residual
             square = following
-            bound = torch.where(active, residual_bound(operator, mu, residual), bound)
+            bound = torch.where(active, bounded(residual), bound)
             halves = bound < 0.5 * halved
             halved_at, halved = torch.where(halves, steps, halved_at), torch.where(halves, bound, halved)
             active = active & (bound > target) & (bound < largest) & (steps < limit)

@@ -11,9 +11,9 @@ from graphdiff.solvers.base import (
     Limits,
     Problem,
     Solver,
+    bounding,
     check_reversible,
     rate_of,
-    residual_bound,
     spectrum,
     steps_to,
 )
@@ -55,7 +55,8 @@ class Chebyshev(Solver):
 
         y = initial
         residual = rhs - (y - mu * operator.matmul(y))
-        bound = residual_bound(operator, mu, residual)
+        bounded = bounding(operator, mu)
+        bound = bounded(residual)
         steps = torch.zeros(*rhs.shape[:-2], 1, rhs.shape[-1], dtype=torch.int64, device=rhs.device)
         # The certificate's norm is not the one that theory bounds: twice the steps leave room for that.
         limit = limits.within(10 + 2 * steps_to(target / 2, bound, rate_of(operator, mu)))
@@ -66,7 +67,7 @@ class Chebyshev(Solver):
             y = torch.where(active, y + direction, y)
             residual = torch.where(active, residual - (direction - mu * operator.matmul(direction)), residual)
             steps = steps + active
-            bound = residual_bound(operator, mu, residual)
+            bound = bounded(residual)
             active = limits.going_on(active & (bound > target) & (steps < limit), steps, bound)
             following = 1 / (2 * sigma - ratio)
             direction = following * ratio * direction + 2 * following / radius * residual

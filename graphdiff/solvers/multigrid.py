@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from graphdiff.operators.base import Transition
-from graphdiff.solvers.base import Iterate, Limits, Solver, carry_on, check_reversible, inner, residual_bound
+from graphdiff.solvers.base import Iterate, Limits, Solver, bounding, carry_on, check_reversible, inner
 from graphdiff.solvers.cg import CG
 
 # A cycle gains a digit in a few steps; an error not halved by this many is in the hands of rounding.
@@ -84,7 +84,8 @@ class Multigrid(Solver):
         one = torch.ones((), dtype=torch.float64)
 
         residual = b - (x - mu * operator.matmul(x))
-        bound = residual_bound(operator, mu, residual)
+        bounded = bounding(operator, mu)
+        bound = bounded(residual)
         steps = torch.zeros(*b.shape[:-2], 1, b.shape[-1], dtype=torch.int64)
         active = (bound > goal) & (steps < limits.within(steps + 1))
         halved_at, halved = steps, torch.full_like(bound, torch.inf)
@@ -106,7 +107,7 @@ class Multigrid(Solver):
             x = x + step * moved
             residual = residual - step * image
             steps = steps + active
-            bound = torch.where(active, residual_bound(operator, mu, residual), bound)
+            bound = torch.where(active, bounded(residual), bound)
             active = active & (bound > goal) & (steps - halved_at < PATIENCE)
             active = limits.going_on(active & (steps < limits.within(steps + 1)), steps, bound)
         counts = steps.squeeze(-2)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphdiff.solvers.base import Iterate, Limits, Problem, Solver, residual_bound, steps_to
+from graphdiff.solvers.base import Iterate, Limits, Problem, Solver, bounding, steps_to
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Walk(Solver):
         """
         operator, mu = state
         largest = mu.amax(-2, keepdim=True)
-        y = initial
+        y, bounded = initial, bounding(operator, mu)
         steps = torch.zeros(*rhs.shape[:-2], 1, rhs.shape[-1], dtype=torch.int64, device=rhs.device)
         active = steps < limits.within(torch.ones_like(steps))
         limit: Tensor | None = None
         while True:
             walked = mu * operator.matmul(y) + rhs
             # The residual of y is walked − y, and the walked y has at most µ times its error.
-            bound = largest * residual_bound(operator, mu, walked - y)
+            bound = largest * bounded(walked - y)
             y = torch.where(active, walked, y)
             steps = steps + active
             if limit is None:

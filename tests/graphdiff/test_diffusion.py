@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import graphdiff as gd
+from graphdiff.solvers import base
 from graphdiff.solvers.base import Budget, Limits
 from tests.graphdiff.zoo import OPERATORS, SOLVERS, Problem, applies, oracle, problems, to_the_last_digit
 
@@ -554,6 +555,35 @@ def test_a_false_fact_or_a_wrong_solver_cannot_give_a_wrong_answer_unnoticed():
     assert (sol.value - 1).abs().max() <= sol.error_bound
     # With a tolerance within reach, refinement takes the lie out again.
     assert (gd.diffuse(P, s, 0.5, solver=Liar()) - 1).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("nodes", [1, 31, 32, 33, 200])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sizes_are_the_largest_entries_and_the_sums(nodes, channels):
+    x = torch.randn(2, nodes, channels, generator=torch.Generator().manual_seed(nodes), dtype=torch.float64)
+    for at in range(0, nodes, 7):
+        x[1, at, 0] = -9.0 - at
+        assert torch.equal(base.size(x, "inf"), x.abs().amax(-2, keepdim=True))
+    torch.testing.assert_close(base.size(x, "one"), x.abs().sum(-2, keepdim=True))
+    x[0, nodes // 2, 0] = torch.nan
+    assert base.size(x, "inf")[0, 0, 0].isnan()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("per_node", [False, True])
+def test_what_bounds_an_error_by_its_residual(transposed, per_node):
+    """|(I − MP)⁻¹ r| against it: never less, and equal where all that is left is the slowest mode."""
+    g = torch.Generator().manual_seed(3)
+    P = gd.DenseTransition.from_affinity(torch.rand(40, 40, generator=g, dtype=torch.float64))
+    P = P.T if transposed else P
+    mu = torch.rand(40, 1, generator=g, dtype=torch.float64) if per_node else torch.full((1, 1), 0.9).double()
+    A = torch.eye(40, dtype=torch.float64) - mu * P.dense()
+    bounded = base.bounding(P, mu)
+    r = torch.randn(40, 4, generator=g, dtype=torch.float64)
+    assert (norm(torch.linalg.solve(A, r), transposed) <= bounded(r) * (1 + 1e-12)).all()
+    if not transposed:
+        slowest = A.sum(1, keepdim=True)
+        torch.testing.assert_close(bounded(slowest), torch.ones(1, 1, dtype=torch.float64))
 
 
 # --- batch mates

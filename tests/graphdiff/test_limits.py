@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import graphdiff as gd
+from graphdiff.solvers import base
 from tests.graphdiff.zoo import SOLVERS, oracle
 
 # Push takes signals one after the other.
@@ -122,6 +123,58 @@ def test_what_progress_raises_ends_the_solve(chain):
 
     with pytest.raises(KeyboardInterrupt):
         gd.solve(P, s, 0.99, solver=gd.solvers.Walk(), progress=stop)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Two channels at a time."""
+    monkeypatch.setattr(base, "CACHED", 0)
+    monkeypatch.setattr(base, "NARROW", 2)
+
+
+FIELDS = ("value", "lower", "upper", "error_bound", "converged", "steps", "matvecs")
+
+
+@pytest.mark.parametrize("name", [*STEPWISE, "Push", "Direct"])
+@pytest.mark.parametrize("shape", [(5,), (2, 5)], ids=str)
+def test_channels_solved_some_at_a_time_are_as_solved_alone(chain, narrow, name, shape):
+    P, _ = chain
+    g = torch.Generator().manual_seed(7)
+    s = torch.randn(*shape[:-1], 300, shape[-1], generator=g, dtype=torch.float64)
+    together = gd.solve(P, s, 0.9, solver=SOLVERS[name])
+    for k in range(5):
+        alone = gd.solve(P, s[..., k : k + 1], 0.9, solver=SOLVERS[name])
+        for field in FIELDS:
+            assert torch.equal(getattr(together, field)[..., k : k + 1], getattr(alone, field)), field
+
+
+def test_a_gradient_of_channels_solved_some_at_a_time(chain, narrow):
+    P, _ = chain
+    s = torch.randn(300, 5, generator=torch.Generator().manual_seed(9), dtype=torch.float64).requires_grad_()
+    g = torch.randn(300, 5, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+    (found,) = torch.autograd.grad(gd.diffuse(P, s, 0.9), s, g)
+    torch.testing.assert_close(found, oracle(P.dense().mT, g, 0.9), rtol=0, atol=1e-8)
+
+
+def test_channels_whose_turn_has_not_come_count_as_unfinished_and_have_no_time_left(chain, narrow):
+    P, _ = chain
+    s = torch.randn(300, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    seen: list[gd.Progress] = []
+    assert gd.solve(P, s, 0.9, solver=gd.solvers.CG(), progress=seen.append).converged.all()
+    left = [report.unfinished for report in seen]
+    assert left[0] == 5
+    assert left[-1] == 0
+    assert left == sorted(left, reverse=True)
+    brief = gd.solve(P, s, 0.99, solver=gd.solvers.CG(), max_seconds=1e-9, on_failure="ignore")
+    assert brief.steps.tolist() == [1, 1, 0, 0, 0]
+    exact = oracle(P.dense(), s, 0.99)
+    assert ((brief.value - exact).abs().amax(0) <= brief.error_bound).all()
+    # A first guess is looked at all the same.
+    guess = torch.cat([s[:, :2], exact[:, 2:]], 1)
+    told = gd.solve(
+        *(P, s, 0.99), solver=gd.solvers.CG(), initial=guess, max_seconds=1e-9, on_failure="ignore"
+    )
+    assert told.converged.tolist() == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize(

@@ -557,3 +557,40 @@ def test_neighbours_of_the_transpose():
     weight = WEIGHT.detach().clone().requires_grad_()
     from_edges(EDGES, weight).T.neighbours([1])[2].sum().backward()
     assert weight.grad.abs().sum() > 0
+
+
+# --- how products are computed
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_are_right_on_any_number_of_threads(threads, dtype, integers):
+    P = from_edges(torch.randint(300, (2, 2000), generator=torch.Generator().manual_seed(1)), dtype=dtype)
+    P = gd.SparseTransition(P.indptr.to(integers), P.indices.to(integers), P.values)
+    y, dense = randn(2, 300, 5, dtype=dtype), P.dense().double()
+    for Q, matrix in ((P, dense), (P.T, dense.mT)):
+        product = Q @ y
+        assert (product.double() - matrix @ y.double()).abs().max() < 64 * torch.finfo(dtype).eps
+        assert torch.equal(Q @ y[0, :, 2], product[0, :, 2])
+        assert torch.equal(Q @ y[..., 1:3], product[..., 1:3])
+        assert torch.equal(Q @ y.mT.contiguous().mT, product)
+
+
+@given(st.lists(st.integers(0, 6), max_size=40))
+def test_numbers_are_sorted_and_equal_ones_keep_their_order(numbers):
+    order = sparse_module._stable_order(torch.tensor(numbers, dtype=torch.int64), 7)
+    assert order.tolist() == sorted(range(len(numbers)), key=numbers.__getitem__)
+
+
+def test_weights_so_large_that_their_sum_overflows_are_finite():
+    path = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+    P = from_edges(path, torch.full((4,), 1.5e308, dtype=torch.float64))
+    torch.testing.assert_close(P.rows([1]), torch.tensor([[0.5, 0.0, 0.5]], dtype=torch.float64))
