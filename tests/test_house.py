@@ -24,6 +24,7 @@ FLOORS = {
             "operators.attention",
             "operators.grid",
             "operators.function",
+            "operators.permutohedral",
             "operators",
         ],
         [
