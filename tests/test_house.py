@@ -51,7 +51,7 @@ FLOORS = {
         ["data", "data.transforms", "data.shapes", "data.labels", "data.folder"],
         ["data.voc", "data.archives", "data.sbd", "data.coco", "data.context", "data.loader"],
         ["models.backbone", "models.heads", "models.deeplab", "models.difnet", "models"],
-        ["metrics", "boundary", "fragments"],
+        ["metrics", "boundary", "fragments", "crf"],
         ["config"],
         ["checkpoint", "rundir", "progress", "figures", "images"],
         ["engine"],

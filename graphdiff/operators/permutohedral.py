@@ -1,12 +1,12 @@
-"""The permutohedral lattice: sums with Gaussian weights between any points, at a price linear in their number.
+"""The permutohedral lattice: sums with Gaussian weights between points, at a price linear in their number.
 
-    G = S B_d … B_1 B_0 Sᵀ      (Adams, Baek and Davis, "Fast high-dimensional filtering using the permutohedral
-                                 lattice", Eurographics 2010)
+    G = S B_d … B_1 B_0 Sᵀ
 
+(Adams, Baek and Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice", Eurographics 2010).
 The d coordinates of a point are laid into the hyperplane Σ = 0 of d + 1 dimensions, which the lattice A*_d
-cuts into simplices. Sᵀ gives a point's value to the d + 1 corners of its simplex by its barycentric weights, B_j
-blurs by [½ 1 ½] along axis j between corners that exist, S collects. Corners that no point touches are left
-out, so the B_j do not commute, and G is not symmetric: Gᵀ has them in the other order.
+cuts into simplices. Sᵀ gives a point's value to the d + 1 corners of its simplex by its barycentric weights,
+B_j blurs by [½ 1 ½] along axis j between corners that exist, S collects. Corners that no point touches are
+left out, so the B_j do not commute, and G is not symmetric: Gᵀ has them in the other order.
 
 As in sparse.py there are two ways to a product: kernels for sparse rows without autograd, gather, multiply,
 add with it.
@@ -75,8 +75,8 @@ class PermutohedralLattice:
         farthest = float(positions.detach().abs().max())
         if farthest > FARTHEST:
             raise ValueError(
-                f"positions: expected coordinates within ±{FARTHEST:g} standard deviations, got {farthest:.3g}; "
-                "divide by larger ones or shift the points to their middle"
+                f"positions: expected coordinates within ±{FARTHEST:g} standard deviations, got "
+                f"{farthest:.3g}; divide by larger ones, or shift the points to their middle"
             )
         base, rank, weights = _simplices(positions.to(checks.widest(positions.device)))
         corners, neighbours = _numbered(base, rank)
@@ -128,7 +128,7 @@ class PermutohedralLattice:
             return z + (before + after) / 2
 
         z = _in_order(blurred, splat, len(self.neighbours), order)
-        return (weights * z.index_select(0, corners).unflatten(0, self.corners.shape)).sum(1)
+        return (weights * z.index_select(0, corners).reshape(*self.corners.shape, -1)).sum(1)
 
     def _multiplied(self, y: Tensor, order: Order) -> Tensor:
         pattern = self._pattern
@@ -258,9 +258,9 @@ def gaussian_transition(positions: Tensor) -> GaussianTransition:
     product costs O(N·D + M·D) a channel, M the corners of the lattice, at most N(D + 1).
 
     W is *the lattice's*, symmetric and ≥ 0, with w_ii among its entries: `solve` is exact about that P, whose
-    distance from the Gaussian's is what the lattice costs. docs/gaussian.md tells it: of the probabilities in a
-    row about 5 % stand elsewhere in two dimensions, 10 % in five where points are dense; more where
-    points are sparse, and far more above eight dimensions.
+    distance from the Gaussian's is what the lattice costs. docs/gaussian.md tells it: of the probabilities in
+    a row about 5 % stand elsewhere in two dimensions, 10 % in five where points are dense; more where points
+    are sparse, and far more from eight dimensions on.
 
     Args:
         positions: p, shape [N, D], in units of the Gaussian's standard deviation: coordinates are to be
@@ -350,8 +350,8 @@ def _numbered(base: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
 def _factors(spans: list[int], attempt: int) -> tuple[list[int], bool]:
     """Of the coordinates in a corner's key, and whether they tell all corners apart for certain.
 
-    Where int64 has no room for all combinations, sums of random multiples mod 2⁶⁴ hardly ever coincide; whether
-    they do is then checked.
+    Where int64 has no room for all combinations, sums of random multiples mod 2⁶⁴ hardly ever coincide;
+    whether they do is then checked.
     """
     factors = [math.prod(spans[i + 1 :]) for i in range(len(spans))]
     if math.prod(spans) < 2**KEY_BITS:

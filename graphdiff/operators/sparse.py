@@ -639,10 +639,12 @@ class _Pattern:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32, all else as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def row_starts(rows: Tensor, nodes: int) -> Tensor:
+    """Where each row begins once the entries are sorted by row, [nodes + 1]."""
     starts = torch.zeros(nodes + 1, dtype=rows.dtype, device=rows.device)
     starts[1:] = torch.bincount(rows, minlength=nodes).cumsum(0)
     return starts
