@@ -195,7 +195,8 @@ def lattice_filter(p: Tensor) -> Tensor:
 
 def _gaussian(dimensions: int) -> Kind:
     def leaf(g: torch.Generator, batch: tuple[int, ...], n: int) -> Tensor:
-        return torch.randn(n, dimensions, generator=g, dtype=torch.float64)
+        # Near enough to each other that no point is out of reach.
+        return 0.25 * torch.randn(n, dimensions, generator=g, dtype=torch.float64)
 
     def dense(p: Tensor) -> Tensor:
         G = lattice_filter(p)
