@@ -10,14 +10,18 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+import graphdiff as gd
 from segmentation import crf as crf_module
+from segmentation import engine
+from segmentation.checkpoint import Description, save_weights
 from segmentation.crf import DenseCRF
 from segmentation.data.shapes import ShapesDataset, draw
+from segmentation.data.transforms import normalise
 from segmentation.errors import UsageError
 from segmentation.evaluate import evaluate
 from segmentation.inference import Views, load_model
 from segmentation.predict import predict, run_command_line
-from tests.graphdiff.zoo import lattice_filter
+from tests.segmentation.conftest import tiny
 
 needs_peer = pytest.mark.skipif(
     importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf2 is not installed: graphdiff[crf]"
@@ -54,12 +58,10 @@ def dense_mean_field(logits, image, crf, kernels):
 def features(image, crf):
     height, width = image.shape[1:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    places = torch.stack([x, y], -1).reshape(-1, 2).double()
-    colours = image.flatten(1).T.double()
-    return (
-        places / crf.gaussian_sigma,
-        torch.cat([places / crf.bilateral_sigma, colours / crf.colour_sigma], -1),
-    )
+    places, colours = torch.stack([x, y], -1).reshape(-1, 2).float(), image.flatten(1).T.float()
+    near, alike = places / crf.bilateral_sigma, colours / crf.colour_sigma
+    # Rounded like the CRF's own.
+    return (places / crf.gaussian_sigma).double(), torch.cat([near, alike], -1).double()
 
 
 # --- mathematics
@@ -77,7 +79,11 @@ def features(image, crf):
 def test_mean_field_equals_the_dense_equations_on_the_same_lattice(parameters):
     crf = DenseCRF(**parameters)
     logits, image = scene()
-    exact = dense_mean_field(logits, image, crf, [lattice_filter(p) for p in features(image, crf)])
+    # Pixels lie on borders of simplices: an oracle that breaks ties another way would have another lattice.
+    # tests/graphdiff/test_permutohedral.py holds this one against such an oracle at points without ties.
+    eye = torch.eye(image[0].numel(), dtype=torch.float64)
+    kernels = [gd.PermutohedralLattice(p).filter(eye) for p in features(image, crf)]
+    exact = dense_mean_field(logits, image, crf, kernels)
     q = crf(logits, image)
     assert q.dtype == torch.float32
     torch.testing.assert_close(q.sum(0), torch.ones(q.shape[1:]))
@@ -143,13 +149,11 @@ def test_equal_to_pydensecrf2_on_a_scene():
 @needs_peer
 @pytest.mark.parametrize(
     "file",
-    ["VOCdevkit/VOC2012/{}/2007_000033", "VOCdevkit/VOC2012/{}/2007_000323", "CamVid/{}/0001TP_008550"],
+    ["VOCdevkit/VOC2012/{}/2007_000033", "VOCdevkit/VOC2012/{}/2007_000323", "CamVid/{}/0001TP_006690"],
 )
 def test_equal_to_pydensecrf2_on_real_images(real_data, file):
-    picture, truth = real_data / file.format("JPEGImages"), real_data / file.format("SegmentationClass")
-    picture = next(picture.parent.glob(f"{picture.name}.*"), None)
-    picture = picture or sorted((real_data / file.format("JPEGImages")).parent.glob("*"))[0]
-    truth = truth.parent / f"{picture.stem}.png"
+    picture = real_data / f"{file.format('JPEGImages')}.jpg"
+    truth = real_data / f"{file.format('SegmentationClass')}.png"
     image = torch.from_numpy(np.array(Image.open(picture).convert("RGB"))).permute(2, 0, 1)
     label = torch.from_numpy(np.array(Image.open(truth))).long()
     label[label == 255] = 0
@@ -170,14 +174,10 @@ def test_a_missing_peer_is_told_with_the_extra(monkeypatch):
 
 
 def test_scores_are_those_of_the_refined_probabilities_and_the_protocol_tells(unbroken, tmp_path):
-    scores = evaluate(
-        unbroken / "last.safetensors", out=tmp_path, limit_batches=2, threads=1, crf="builtin"
-    )
+    scores = evaluate(unbroken / "last.safetensors", out=tmp_path, limit_batches=2, threads=1, crf="builtin")
     model, _ = load_model(unbroken / "last.safetensors", "cpu")
     dataset, confusion = ShapesDataset("val"), torch.zeros(6, 6, dtype=torch.int64)
     plain = confusion.clone()
-    from segmentation.data.transforms import normalise
-
     for index in (0, len(dataset) - 1):
         image, label = dataset[index]
         logits = Views().logits(model, normalise()(image)[None].as_subclass(torch.Tensor), 97)[0]
