@@ -1,10 +1,10 @@
 """The dense CRF against pydensecrf2: time and difference on images of VOC; prints a Markdown table.
 
-The first validation images of 500 by 375 pixels get scores of 21 classes as a network of stride 8 might give
-them: the truth, coarse, with noise. Both refine the same scores by ten iterations with the same parameters, in
-turn; preparation (both lattices) is counted, loading is not. The ratio is the median over images and rounds of
-our time over pydensecrf2's in the same turn. A near-tie is a pixel whose two best classes are within 0.01 of
-each other in pydensecrf2's answer.
+The first validation images of 500 by 375 pixels get scores of 21 classes as a network of stride 8 might
+give them: the truth, coarse, with noise. Both refine the same scores by ten iterations with the same
+parameters, in turn; preparation (both lattices) is counted, loading is not. The ratio is the median over
+images and rounds of our time over pydensecrf2's in the same turn. A near-tie is a pixel whose two best
+classes are within 0.01 of each other in pydensecrf2's answer.
 
     python benchmarks/crf.py --data-path VOCdevkit/VOC2012 [--images N] [--rounds N]
 

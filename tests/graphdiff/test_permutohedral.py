@@ -73,7 +73,7 @@ def test_the_walk_is_reversible_with_positive_weights_and_a_diagonal(p):
 
 
 def test_moving_all_points_by_a_step_of_the_lattice_changes_nothing():
-    """(1, …, 1, −d) on the lattice, carried back to the space of the points, leaves every simplex as it is."""
+    """(1, …, 1, −d) on the lattice, carried back to the points' space, leaves every simplex as it is."""
     d = 3
     index = torch.arange(1, d + 1, **f64)
     basis = torch.zeros(d + 1, d, **f64)

@@ -173,9 +173,14 @@ def test_a_missing_peer_is_told_with_the_extra(monkeypatch):
 # --- on the command line
 
 
-def test_scores_are_those_of_the_refined_probabilities_and_the_protocol_tells(unbroken, tmp_path):
-    scores = evaluate(unbroken / "last.safetensors", out=tmp_path, limit_batches=2, threads=1, crf="builtin")
-    model, _ = load_model(unbroken / "last.safetensors", "cpu")
+def test_scores_are_those_of_the_refined_probabilities_and_the_protocol_tells(tmp_path):
+    config = tiny(tmp_path, model="sim-deeplab", backbone="resnet18", weights_backbone="none")
+    torch.manual_seed(0)
+    file = tmp_path / "best.safetensors"
+    about = Description(config, ShapesDataset.classes, step=0, miou=0.0)
+    save_weights(file, engine.build_model(config, 6), about)
+    scores = evaluate(file, out=tmp_path, limit_batches=2, threads=1, crf="builtin")
+    model, _ = load_model(file, "cpu")
     dataset, confusion = ShapesDataset("val"), torch.zeros(6, 6, dtype=torch.int64)
     plain = confusion.clone()
     for index in (0, len(dataset) - 1):
