@@ -49,7 +49,7 @@ class DenseCRF:
         >>> image = torch.zeros(3, 8, 8, dtype=torch.uint8)
         >>> image[:, :, 4:] = 200  # an edge in the middle
         >>> logits = torch.zeros(2, 8, 8)
-        >>> logits[1, :, 3:] = 2.0  # a score that misses it by one column
+        >>> logits[0, :, :3] = logits[1, :, 3:] = 2.0  # a score that misses it by one column
         >>> DenseCRF()(logits, image).argmax(0)[0]
         tensor([0, 0, 0, 0, 1, 1, 1, 1])
     """

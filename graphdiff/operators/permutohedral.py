@@ -278,8 +278,8 @@ def gaussian_transition(positions: Tensor) -> GaussianTransition:
         >>> import torch, graphdiff as gd
         >>> P = gd.gaussian_transition(torch.tensor([[0.0], [1.0], [8.0]]))
         >>> P.dense()  # between points one deviation apart the Gaussian's is 0.3775
-        tensor([[0.6202, 0.3798, 0.0000],
-                [0.3798, 0.6202, 0.0000],
+        tensor([[0.5858, 0.4142, 0.0000],
+                [0.3934, 0.6066, 0.0000],
                 [0.0000, 0.0000, 1.0000]])
     """
     return GaussianTransition(PermutohedralLattice(positions))
