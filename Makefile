@@ -49,6 +49,8 @@ bench: $(STAMP) ## print the tables of docs/benchmarks.md (half an hour, idle ma
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/random_walker.py $(if $(SEEDED),--data $(SEEDED))
 	$(if $(VOC),$(BIN)/python benchmarks/loading.py --data-path $(VOC))
+	$(if $(VOC),$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[crf]')
+	$(if $(VOC),$(BIN)/python benchmarks/crf.py --data-path $(VOC))
 
 clean: ## remove the virtual environment and what the tools left
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build

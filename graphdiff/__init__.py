@@ -16,8 +16,11 @@ from graphdiff.operators import (
     AttentionTransition,
     DenseTransition,
     FunctionTransition,
+    GaussianTransition,
+    PermutohedralLattice,
     SparseTransition,
     Transition,
+    gaussian_transition,
     grid_transition,
 )
 from graphdiff.ranking import pagerank
@@ -34,6 +37,8 @@ __all__ = [
     "Estimate",
     "FeatureEmbedding",
     "FunctionTransition",
+    "GaussianTransition",
+    "PermutohedralLattice",
     "Progress",
     "Solution",
     "SparseTransition",
@@ -43,6 +48,7 @@ __all__ = [
     "diffuse",
     "energy",
     "estimate",
+    "gaussian_transition",
     "grid_transition",
     "harmonic",
     "heat_kernel",

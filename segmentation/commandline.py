@@ -25,6 +25,12 @@ Fusion = Annotated[
     Literal["max", "mean"],
     typer.Option(help="Of the logits of several views: the largest (as DeepLabV2) or their mean."),
 ]
+CRF = Annotated[
+    Literal["none", "builtin", "pydensecrf2"],
+    typer.Option(
+        "--crf", help="Dense CRF on the full-size probabilities; pydensecrf2 needs the extra graphdiff[crf]."
+    ),
+]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
 Threads = Annotated[int, typer.Option(help="Threads of torch on the CPU; 0 leaves it to torch.", min=0)]
 

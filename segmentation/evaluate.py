@@ -37,6 +37,7 @@ def evaluate(
     flip: bool = False,
     fusion: Literal["max", "mean"] = "max",
     boundary: bool = False,
+    crf: Literal["none", "builtin", "pydensecrf2"] = "none",
 ) -> Scores:
     """Score a checkpoint with one confusion matrix over a split, at the images' own sizes, void ignored.
 
@@ -58,6 +59,7 @@ def evaluate(
         flip: see images mirrored too, at each scale.
         fusion: of the views' logits, "max" or "mean".
         boundary: measure borders (trimap, boundary IoU) and fragmentation too.
+        crf: what refines the probabilities before they are scored: "none", or a backend of `crf.DenseCRF`.
 
     Returns:
         The scores.
@@ -71,7 +73,9 @@ def evaluate(
 
     from segmentation import rundir
     from segmentation.boundary import BoundaryIoU, Trimap
+    from segmentation.crf import DenseCRF
     from segmentation.data import loader
+    from segmentation.data.transforms import denormalise
     from segmentation.figures.panel import panel as draw_panel
     from segmentation.fragments import Fragments
     from segmentation.inference import load_model, scored_dataset, views_for
@@ -79,6 +83,7 @@ def evaluate(
 
     if panel and out is None:
         raise UsageError("--panel needs --out: the folder to write panel.png into")
+    refine = None if crf == "none" else DenseCRF(backend=crf)
     if threads:
         torch.set_num_threads(threads)
     model, about = load_model(checkpoint, device)
@@ -97,7 +102,10 @@ def evaluate(
     for image, label in loader.evaluation_loader(loader.Evaluated(dataset), workers, limit_batches):
         height, width = label.shape[-2:]
         unpadded = image[..., :height, :width].to(place)
-        prediction = views.logits(model, unpadded, dataset.eval_size).argmax(1)
+        found = views.logits(model, unpadded, dataset.eval_size)
+        if refine is not None:
+            found = refine(found[0], denormalise(unpadded[0])).unsqueeze(0)
+        prediction = found.argmax(1)
         matrix.update(prediction, label.to(place))
         if boundary:
             for measure in (trimap, inner, fragments):
@@ -108,7 +116,7 @@ def evaluate(
     protocol = (
         f"{config.dataset} {split}, {images} of {len(dataset)} images at their own sizes, padded to "
         f"{dataset.eval_size} times the scale or the next 8k+1; {views}"
-        f"{', as the model was trained' if config.msc and scales is None else ''}; CRF none; "
+        f"{', as the model was trained' if config.msc and scales is None else ''}; CRF {refine or 'none'}; "
         f"labels {dataset.label_source}; void ignored; one confusion matrix over all pixels"
     )
     rows = rundir.class_rows(about.step, scores, classes)
@@ -212,6 +220,7 @@ def main(
         bool,
         typer.Option("--boundary", help="Measure borders (trimap, boundary IoU) and fragmentation too."),
     ] = False,
+    crf: commandline.CRF = "none",
     panel: Annotated[int, typer.Option(help="Images to draw, spread evenly over the split.", min=0)] = 0,
     workers: Annotated[
         int,
@@ -228,7 +237,7 @@ def main(
     """Score a checkpoint: one confusion matrix over the split at original size, void ignored."""
     evaluate(
         checkpoint, split, data_path, out, panel, device, threads, limit_batches,
-        workers=workers, scales=scales, flip=flip, fusion=fusion, boundary=boundary,
+        workers=workers, scales=scales, flip=flip, fusion=fusion, boundary=boundary, crf=crf,
     )  # fmt: skip
 
 

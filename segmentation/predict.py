@@ -34,6 +34,7 @@ def predict(
     voc_submission: bool = False,
     device: str = "auto",
     threads: int = 0,
+    crf: Literal["none", "builtin", "pydensecrf2"] = "none",
 ) -> list[Path]:
     """Segment images at their own sizes.
 
@@ -55,6 +56,7 @@ def predict(
         voc_submission: collect the results as the archive that VOC's evaluation server takes.
         device: "auto", "cpu" or "cuda".
         threads: of torch on the CPU; 0 leaves the choice to torch.
+        crf: what refines the probabilities: "none", or a backend of `crf.DenseCRF`.
 
     Returns:
         The images that were skipped, each told of on stderr.
@@ -71,10 +73,12 @@ def predict(
     from tqdm import tqdm
 
     from segmentation import images
+    from segmentation.crf import DenseCRF
     from segmentation.data.transforms import normalise
     from segmentation.data.voc import VOC_CLASSES
     from segmentation.inference import load_model, scored_size, views_for
 
+    refine = None if crf == "none" else DenseCRF(backend=crf)
     if threads:
         torch.set_num_threads(threads)
     model, about = load_model(checkpoint, device)
@@ -102,6 +106,9 @@ def predict(
             continue
         normalised = normalise()(image).as_subclass(torch.Tensor)
         logits = views.logits(model, normalised[None].to(place), size)[0]
+        if refine is not None:
+            # What is 0 in float32 still has a logarithm.
+            logits = refine(logits, image.as_subclass(torch.Tensor)).clamp(min=1e-30).log()
         sizes[name] = images.write_result(out, name, image, logits, overlay, probabilities)
     done = f"{len(sizes)} of {len(files)} images segmented into {out}"
     if about.config.msc and scales is None:
@@ -176,6 +183,7 @@ def main(
     scales: commandline.Scales = None,
     flip: commandline.Flip = False,
     fusion: commandline.Fusion = "max",
+    crf: commandline.CRF = "none",
     max_size: Annotated[
         int, typer.Option(help="Longest side in pixels; larger images are skipped.", min=1)
     ] = 2048,
@@ -194,7 +202,7 @@ def main(
     """
     skipped = predict(
         checkpoint, inputs, out, overlay, probabilities, scales, flip, fusion, max_size, voc_submission,
-        device, threads,
+        device, threads, crf,
     )  # fmt: skip
     if skipped:
         raise typer.Exit(1)

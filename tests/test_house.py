@@ -26,6 +26,7 @@ FLOORS = {
             "operators.attention",
             "operators.grid",
             "operators.function",
+            "operators.permutohedral",
             "operators",
         ],
         [
@@ -60,7 +61,7 @@ FLOORS = {
             "models.multiscale",
             "models",
         ],
-        ["metrics", "boundary", "fragments"],
+        ["metrics", "boundary", "fragments", "crf"],
         ["config"],
         ["checkpoint", "rundir", "progress", "figures", "figures.drawing", "figures.panel", "images"],
         ["engine", "timing"],

@@ -425,7 +425,7 @@ class SparseTransition(Transition):
         degree = weight.new_zeros(nodes).index_add(0, source, weight)
         numbers = torch.int32 if max(nodes, len(source)) < 2**31 else torch.int64
         return cls(
-            _row_starts(source, nodes).to(numbers),
+            row_starts(source, nodes).to(numbers),
             target.to(numbers),
             (weight / degree[source]).to(x.dtype),
             log_degree=(degree.log() + largest).clamp(min=torch.finfo(x.dtype).min).to(x.dtype),
@@ -486,7 +486,7 @@ class SparseTransition(Transition):
         wide = checks.widest(self.device)
         values = self.values.detach().to(wide)
         ones = values.new_ones(self.shape[-1], 1)
-        return _csr_product(self.indptr, self.indices, values, ones)
+        return csr_product(self.indptr, self.indices, values, ones)
 
     @cached_property
     def row_sums(self) -> Tensor:
@@ -506,7 +506,7 @@ class SparseTransition(Transition):
 
     def matmul(self, y: Tensor) -> Tensor:
         """P y."""
-        jump, wide = self._bound_jump(), _at_least_float32(y)
+        jump, wide = self._bound_jump(), at_least_float32(y)
         product = self._product(wide, transposed=False)
         if jump is not None:
             landed = _weighted_sum(jump.to(wide.dtype), wide)
@@ -515,7 +515,7 @@ class SparseTransition(Transition):
 
     def rmatmul(self, v: Tensor) -> Tensor:
         """Pᵀ v."""
-        jump, wide = self._bound_jump(), _at_least_float32(v)
+        jump, wide = self._bound_jump(), at_least_float32(v)
         product = self._product(wide, transposed=True)
         if jump is not None and self.dangling is not None:
             leaving = wide.index_select(-2, self.dangling)
@@ -535,7 +535,7 @@ class SparseTransition(Transition):
         """The edges' part of P y or Pᵀ y; leading dimensions of y are columns more."""
         columns = y.movedim(-2, 0)
         flat = columns.reshape(len(columns), -1)
-        if _composed(self.values, y):
+        if composed(self.values, y):
             ends = (self._pattern.sources, self.indices)
             into, out_of = ends[::-1] if transposed else ends
             steps = self.values.to(y.dtype).unsqueeze(-1) * flat.index_select(0, out_of)
@@ -545,9 +545,9 @@ class SparseTransition(Transition):
             product = torch.from_numpy(matrix @ flat.detach().numpy())
         elif transposed:
             indptr, indices, _ = self._pattern.transpose
-            product = _csr_product(indptr, indices, self._values_by_column.to(y.dtype), flat)
+            product = csr_product(indptr, indices, self._values_by_column.to(y.dtype), flat)
         else:
-            product = _csr_product(self.indptr, self.indices, self.values.detach().to(y.dtype), flat)
+            product = csr_product(self.indptr, self.indices, self.values.detach().to(y.dtype), flat)
         return product.reshape(columns.shape).movedim(0, -2).contiguous()
 
     @cached_property
@@ -640,7 +640,7 @@ class _Pattern:
     def transpose(self) -> tuple[Tensor, Tensor, Tensor]:
         """indptr and indices of Pᵀ, and the edge that stands at each of its places."""
         order = _stable_order(self.indices, len(self.indptr) - 1)
-        return _row_starts(self.indices, len(self.indptr) - 1), self.sources.index_select(0, order), order
+        return row_starts(self.indices, len(self.indptr) - 1), self.sources.index_select(0, order), order
 
     @cached_property
     def open_ends(self) -> Tensor:
@@ -657,7 +657,8 @@ class _Pattern:
         return max(int(self.indptr.diff().max()), int(into.max()))
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision as float32, all else as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -674,7 +675,8 @@ def _stable_order(numbers: Tensor, count: int) -> Tensor:
     return torch.from_numpy(sparse.csr_array(entries, shape=(size, count)).tocsc().indices)
 
 
-def _row_starts(rows: Tensor, nodes: int) -> Tensor:
+def row_starts(rows: Tensor, nodes: int) -> Tensor:
+    """Where each row begins once the entries are sorted by row, [nodes + 1]."""
     starts = torch.zeros(nodes + 1, dtype=rows.dtype, device=rows.device)
     starts[1:] = torch.bincount(rows, minlength=nodes).cumsum(0)
     return starts
@@ -699,7 +701,7 @@ def _entries(indptr: Tensor, indices: Tensor, index: Tensor) -> tuple[Tensor, Te
     return position, indices[edge].long(), edge
 
 
-def _csr_product(indptr: Tensor, indices: Tensor, values: Tensor, y: Tensor) -> Tensor:
+def csr_product(indptr: Tensor, indices: Tensor, values: Tensor, y: Tensor) -> Tensor:
     """The CSR matrix times y [M, K], outside autograd; each row is summed edge after edge."""
     _told_of_beta()
     # Autocast would multiply in half precision, which CSR products do not have.
@@ -713,7 +715,7 @@ def _one_thread(y: Tensor) -> bool:
     return y.device.type == "cpu" and torch.get_num_threads() == 1
 
 
-def _composed(weights: Tensor, y: Tensor) -> bool:
+def composed(weights: Tensor, y: Tensor) -> bool:
     """Whether a product is put together from ordinary operations: for autograd, or for want of CSR."""
     recorded = torch.is_grad_enabled() and (weights.requires_grad or y.requires_grad)
     return recorded or y.device.type not in ("cpu", "cuda")
@@ -724,14 +726,14 @@ def _weighted_sum(weights: Tensor, y: Tensor) -> Tensor:
 
     Outside autograd as rows of a CSR matrix: a dot product of torch rounds one column alone differently.
     """
-    if _composed(weights, y):
+    if composed(weights, y):
         return (weights.unsqueeze(-1) * y).sum(-2, keepdim=True)
     batch = checks.broadcast_batch([weights.shape[:-1], y.shape[:-2]], "P and y")
     nodes, channels = y.shape[-2:]
     weights = weights.expand(*batch, nodes).reshape(-1)
     y = y.expand(*batch, nodes, channels).reshape(-1, channels)
     starts = torch.arange(batch.numel() + 1, device=y.device) * nodes
-    summed = _csr_product(starts, torch.arange(len(y), device=y.device), weights, y)
+    summed = csr_product(starts, torch.arange(len(y), device=y.device), weights, y)
     return summed.reshape(*batch, 1, channels)
 
 
@@ -796,7 +798,7 @@ def _walk(
         log_degree = torch.where(others, log_degree, alone).to(dtype)
     numbers = torch.int32 if max(nodes, len(source)) < 2**31 else torch.int64
     return SparseTransition(
-        _row_starts(source, nodes).to(numbers),
+        row_starts(source, nodes).to(numbers),
         target.to(numbers),
         values,
         log_degree=log_degree,

@@ -161,6 +161,50 @@ def _points(k: int) -> Kind:
     )
 
 
+def lattice_filter(p: Tensor) -> Tensor:
+    """G of Adams et al. as a dense matrix: each point's simplex by search, its weights by a linear system."""
+    n, d = p.shape
+    basis = torch.zeros(d + 1, d, dtype=torch.float64)
+    for i in range(1, d + 1):
+        basis[:i, i - 1], basis[i, i - 1] = (i * (i + 1)) ** -0.5, -i * (i * (i + 1)) ** -0.5
+    raised = (2 / 3) ** 0.5 * (d + 1) * p @ basis.T
+
+    fixed = raised.detach()
+    roundings = torch.cartesian_prod(*[torch.tensor([0, 1])] * (d + 1)).double()
+    candidates = (d + 1) * ((fixed / (d + 1)).floor().unsqueeze(1) + roundings)
+    squares = (candidates - fixed.unsqueeze(1)).square().sum(-1)
+    nearest = squares.masked_fill(candidates.sum(-1) != 0, torch.inf).argmin(-1)
+    base = candidates[torch.arange(n), nearest].unsqueeze(1)
+    rank = (fixed - base.squeeze(1)).argsort(dim=-1, descending=True, stable=True).argsort(-1).unsqueeze(1)
+    k = torch.arange(d + 1).unsqueeze(-1)
+    vertices = base + k - (d + 1) * (rank > d - k)  # [n, d + 1 vertices, d + 1 coordinates]
+
+    one = torch.ones(n, 1, dtype=torch.float64)
+    system = torch.cat([vertices.mT, one.unsqueeze(-1).expand(n, 1, d + 1)], 1)
+    weights = torch.linalg.lstsq(system, torch.cat([raised, one], -1).unsqueeze(-1)).solution.squeeze(-1)
+    points, corner = torch.unique(vertices.reshape(-1, d + 1), dim=0, return_inverse=True)
+    S = torch.zeros(n, len(points), dtype=torch.float64).scatter_add(1, corner.reshape(n, d + 1), weights)
+    apart = points.unsqueeze(0) - points.unsqueeze(1)
+    G = S.T
+    for j in range(d + 1):
+        step = 1.0 - (d + 1) * (torch.arange(d + 1) == j)
+        after = (apart == step).all(-1).double()
+        G = G + (after + after.T) / 2 @ G
+    return S @ G
+
+
+def _gaussian(dimensions: int) -> Kind:
+    def leaf(g: torch.Generator, batch: tuple[int, ...], n: int) -> Tensor:
+        # Near enough to each other that no point is out of reach.
+        return 0.25 * torch.randn(n, dimensions, generator=g, dtype=torch.float64)
+
+    def dense(p: Tensor) -> Tensor:
+        G = lattice_filter(p)
+        return _normalised(G + G.T)
+
+    return Kind(leaf, gd.gaussian_transition, dense, batched=False, relabelled=(-2,))
+
+
 def _lazy_ring() -> Kind:
     """Stays with a probability of its own at each node, else steps to either side; written as a product."""
 
@@ -206,6 +250,7 @@ OPERATORS: dict[str, Kind] = {
     "grid": _grid(4),
     "grid of 8": _grid(8),
     "points": _points(3),
+    "gaussian": _gaussian(3),
     "function": _lazy_ring(),
     "flat attention": _attention(_features(0.3)),
     "scaled attention": _attention(_features(2.0), scale=0.37),
