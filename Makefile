@@ -37,20 +37,9 @@ docs: $(STAMP) ## build the documentation into build/docs, strictly
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m mkdocs build
 
-bench: $(STAMP) ## print the tables of docs/benchmarks.md (half an hour, idle machine; GRAPHS=folder of .npz graphs, SEEDED=folder of images with seeds, VOC=folder in its layout)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	$(BIN)/python benchmarks/certificates.py
-	$(if $(GRAPHS),$(BIN)/python benchmarks/labels.py --data $(GRAPHS))
-	$(BIN)/python benchmarks/path.py $(if $(GRAPHS),--data $(GRAPHS))
-	$(BIN)/python benchmarks/heat.py $(if $(GRAPHS),--data $(GRAPHS))
-	$(BIN)/python benchmarks/top_k.py $(if $(GRAPHS),--data $(GRAPHS))
-	$(BIN)/python benchmarks/sparse.py --slow $(if $(GRAPHS),--data $(GRAPHS))
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/attention.py
-	$(BIN)/python benchmarks/random_walker.py $(if $(SEEDED),--data $(SEEDED))
-	$(if $(VOC),$(BIN)/python benchmarks/loading.py --data-path $(VOC))
-	$(if $(VOC),$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[crf]')
-	$(if $(VOC),$(BIN)/python benchmarks/crf.py --data-path $(VOC))
+bench: $(STAMP) ## renew the tables of docs/benchmarks.md (an hour, idle machine; GRAPHS=folder of .npz graphs, SEEDED=folder of images with seeds, VOC=folder in its layout, PHOTO=file)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,crf]'
+	$(BIN)/python benchmarks/report.py
 
 clean: ## remove the virtual environment and what the tools left
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build
