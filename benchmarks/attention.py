@@ -89,11 +89,10 @@ def features(side, device, on_grid=False):
     return maps
 
 
-def plain_cascade(cascade, seed, maps):
+def plain_cascade(steps, embedded, seed):
     """`CascadedWalk` as one writes it with matrices."""
     s = y = seed.flatten(2).mT
-    for embed, step, x in zip(cascade.embeddings, cascade.steps, maps, strict=True):
-        psi = embed(x, seed.shape[-2:]).psi
+    for step, psi in zip(steps, embedded, strict=True):
         P = torch.softmax(psi @ psi.mT, -1)
         y = step.beta * (step.mu * (P @ y) + (1 - step.mu) * s) + (1 - step.beta) * y
     return y.mT.reshape(seed.shape)
@@ -107,7 +106,11 @@ def cascade_step(way, side, device, on_grid):
     g = torch.randn(1, K, side, side, device=device)
 
     def step():
-        y = plain_cascade(cascade, seed, maps) if way == "plain" else cascade(seed, maps)
+        if way == "plain":
+            embedded = [e(x, seed.shape[-2:]).psi for e, x in zip(cascade.embeddings, maps, strict=True)]
+            y = plain_cascade(cascade.steps, embedded, seed)
+        else:
+            y = cascade(seed, maps)
         return torch.autograd.grad(y, [seed, *cascade.parameters()], g)
 
     return step
@@ -146,7 +149,7 @@ def main():
         print(own_peak(what, way, int(nodes), device))
         return
     rates = Rates(device=device)
-    print(f"{environment()}; d = {D}, K = {K}, float32. In the same run {rates}.\n")
+    print(f"{environment()}; d = {D}, K = {K}, float32. {str(rates)[0].upper()}{str(rates)[1:]}.\n")
     head(
         "nodes",
         "batch",

@@ -29,8 +29,11 @@ class PlainCascade(nn.Module):
         super().__init__()
         self.embeddings, self.steps = cascade.embeddings, cascade.steps
 
-    def forward(self, seed, features, return_walks=True):
-        y = plain_cascade(self, seed, features)
+    def transitions(self, features, grid):
+        return [embed(x, grid) for embed, x in zip(self.embeddings, features, strict=True)]
+
+    def forward(self, seed, walks, return_walks=True):
+        y = plain_cascade(self.steps, [P.psi for P in walks], seed)
         return y, [y]
 
 

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-# Rows of a strip on a CPU: so many that the matrix products run at full speed, so few that E stays in the
-# cache. On other devices a strip has at least so many, and as many as fill so many elements.
-ROWS = 96
-DEVICE_ELEMENTS = 2**22
+# A strip has at least so many rows, at which matrix products run at full speed, and as many as fill so many
+# elements: on a CPU E then stays in the cache.
+ROWS = 80
+CACHED_ELEMENTS, DEVICE_ELEMENTS = 300_000, 2**22
 # Exponents below which an entry counts as 0, well above those that underflow.
 FLOOR = {torch.float32: -70.0, torch.float64: -680.0}
 # How far logits may rise within a strip: what is lost of a row is less than N·exp(FLOOR + RISE) of it.
@@ -57,11 +57,11 @@ def forward(psi: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     # Of every node, the shift of its strip: what its sums are in units of.
     ends = torch.tensor(cuts[1:], device=psi.device)
     shifts = level[ends - 1].repeat_interleave(ends.diff(prepend=ends.new_zeros(1)))
-    sums = torch.zeros_like(columns)
+    sums, later = torch.zeros_like(columns), torch.empty_like(columns)
     for start, stop, E, shift in _strips(psi[order], level, cuts):
         sums[start:stop].addmm_(E, columns[start:])
-        later = E[:, stop - start :].mT @ columns[start:stop]
-        sums[stop:].addcmul_(later, _times(shift - shifts[stop:]))
+        torch.mm(E[:, stop - start :].mT, columns[start:stop], out=later[stop:])
+        sums[stop:].addcmul_(later[stop:], _times(shift - shifts[stop:]))
     degree = sums[:, -1]
     value, lse = sums[:, :-1] / degree.unsqueeze(-1), degree.log() + shifts
     # A row whose largest logit was not found in the sample, and is far above what was, has overflowed.
@@ -98,14 +98,16 @@ def backward(
     right = torch.cat([right, torch.zeros_like(right)], -1)
     held, scaled = right[:, : channels + 1], right[:, channels + 1 :]
     psi = psi[order]
-    g_psi, g_y = torch.zeros_like(psi), torch.zeros_like(y)
-    for start, stop, E, shift in _strips(psi, level, _cuts(level)):
+    g_psi, g_y, cuts = torch.zeros_like(psi), torch.zeros_like(y), _cuts(level)
+    # New memory for every strip would cost as much as filling it.
+    memory = psi.new_empty(_largest(cuts))
+    for start, stop, E, shift in _strips(psi, level, cuts):
         torch.mul(given[start:], _times(shift - level[start:]), out=scaled[start:])
         later = slice(stop - start, None)
         g_y[start:stop].addmm_(E, scaled[start:, :channels])
         g_y[stop:].addmm_(E[:, later].mT, scaled[start:stop, :channels])
         left = torch.cat([scaled[start:stop], held[start:stop]], -1)
-        E *= left @ right[start:].mT
+        E *= torch.mm(left, right[start:].mT, out=memory[: E.numel()].view(E.shape))
         g_psi[start:stop].addmm_(E, psi[start:])
         g_psi[stop:].addmm_(E[:, later].mT, psi[start:stop])
     return _unordered(g_psi, order), weight * _unordered(g_y, order)
@@ -149,7 +151,8 @@ def _levels(psi: Tensor) -> Tensor:
 def _cuts(level: Tensor) -> list[int]:
     """Where the strips of nodes with rising levels begin, and N."""
     nodes = len(level)
-    rows = ROWS if level.device.type == "cpu" else max(ROWS, DEVICE_ELEMENTS // nodes)
+    elements = CACHED_ELEMENTS if level.device.type == "cpu" else DEVICE_ELEMENTS
+    rows = max(ROWS, elements // nodes)
     risen = ((level - level[0]) / RISE).floor()
     rises = (1 + (risen[1:] > risen[:-1]).nonzero().squeeze(-1)).tolist()
     return [*sorted({*range(0, nodes, rows), *rises}), nodes]
@@ -158,7 +161,7 @@ def _cuts(level: Tensor) -> list[int]:
 def _strips(psi: Tensor, level: Tensor, cuts: list[int]) -> Iterator[Strip]:
     """The strips of nodes with rising levels, one after another in the same memory."""
     floor, nodes = FLOOR[psi.dtype], len(psi)
-    memory = psi.new_empty(max((b - a) * (nodes - a) for a, b in pairwise(cuts)))
+    memory = psi.new_empty(_largest(cuts))
     for start, stop in pairwise(cuts):
         shift, size = level[stop - 1], (stop - start, nodes - start)
         E = memory[: size[0] * size[1]].view(size)
@@ -166,6 +169,11 @@ def _strips(psi: Tensor, level: Tensor, cuts: list[int]) -> Iterator[Strip]:
         # Far below it exponentials, and products with what underflows, are several times slower.
         threshold(E.clamp_(min=floor).exp_(), 2 * math.exp(floor), 0.0, inplace=True)
         yield Strip(start, stop, E, shift)
+
+
+def _largest(cuts: list[int]) -> int:
+    """Entries of the largest strip."""
+    return max((stop - start) * (cuts[-1] - start) for start, stop in pairwise(cuts))
 
 
 def _times(exponent: Tensor) -> Tensor:
