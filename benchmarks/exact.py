@@ -30,7 +30,7 @@ D, MU, TOL = 64, 0.9, 1e-5
 
 def problem(nodes, channels):
     generator = torch.Generator().manual_seed(3)
-    phase = torch.rand(nodes, 2, generator=generator) @ 1.5 * torch.randn(2, D // 2, generator=generator)
+    phase = torch.rand(nodes, 2, generator=generator) @ (1.5 * torch.randn(2, D // 2, generator=generator))
     psi = 1.2 * torch.cat([phase.cos(), phase.sin()], -1)
     return psi, torch.randn(nodes, channels, generator=generator)
 
