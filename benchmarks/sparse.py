@@ -260,10 +260,12 @@ def compared(name, A, directed, options, *, transposed, mesh):
         seeds = random.choice(nodes, SEEDS, replace=False)
         signals = np.zeros((nodes, SEEDS))
         signals[seeds, np.arange(SEEDS)] = 1
-        norm = lambda x: np.abs(x).sum(0)  # noqa: E731
     else:
         signals = random.uniform(-1, 1, (nodes, SEEDS))
-        norm = lambda x: np.abs(x).max(0)  # noqa: E731
+
+    def norm(x):
+        return np.abs(x).sum(0) if transposed else np.abs(x).max(0)
+
     for mu in options.mus:
         hints = {}
         for count in (1, SEEDS):
