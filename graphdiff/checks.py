@@ -275,9 +275,11 @@ def integers(x: object, name: str) -> Tensor:
 
 def node_numbers(x: Tensor, name: str, nodes: int) -> None:
     """`x` holds node numbers, 0 to N - 1."""
-    outside = (x < 0) | (x >= nodes)
-    if bool(outside.any()):
-        first = int(x[outside][0])
+    if x.numel() == 0:
+        return
+    smallest, largest = x.aminmax()
+    if int(smallest) < 0 or int(largest) >= nodes:
+        first = int(x[(x < 0) | (x >= nodes)][0])
         raise ValueError(
             f"{name}: expected node numbers from 0 to {nodes - 1} for N = {nodes} nodes, got {first}; "
             "number the nodes from 0, or say how many there are"

@@ -1,8 +1,9 @@
 """P = D⁻¹W held as its edges, in compressed rows (CSR).
 
-Two ways to a product. Without autograd it is a CSR product: scipy's where torch has one thread, which is then
-the fastest of those measured and takes Pᵀ from the same arrays; else torch's, which uses them all. Either way
-each row is summed edge after edge, so that the bits of a signal depend on no other. Under autograd it is
+Two ways to a product. Without autograd it is a CSR product, by the fastest library of those measured:
+torch's sums of embeddings in float32, whose time hardly grows with the channels up to 32; in float64 scipy,
+where torch has one thread, which takes Pᵀ from the same arrays, else torch's own. Either way each row is
+summed edge after edge, so that the bits of a signal depend on no other. Under autograd it is
 gather, multiply, add, which torch can differentiate as often as asked, in O(edges · K) memory;
 differentiating the CSR product would fill an N×N matrix.
 
@@ -17,6 +18,7 @@ from functools import cached_property
 from numbers import Real
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -230,15 +232,20 @@ class SparseTransition(Transition):
         _check_matrix(A.shape, "A")
         if A.dtype.kind not in "fiub":
             raise TypeError(f"A: expected real numbers, got {A.dtype}; take A.real or abs(A)")
-        coo = A.tocoo()
         # Numbers that torch does not have (long double, unsigned, other byte orders) are widened on the way.
-        numbers = (
-            coo.data.astype("f4" if A.dtype == "f4" else "f8"),
-            coo.row.astype("i8"),
-            coo.col.astype("i8"),
-        )
+        weights = "f4" if A.dtype == "f4" else "f8"
+        own = getattr(torch, np.dtype(weights).name) if A.dtype.kind == "f" else torch.get_default_dtype()
+        dtype = checks.floating_dtype(dtype, own)
+        rows = _ordinary_rows(A, device)
+        if rows is not None:
+            pattern, weight = rows
+            nobody = pattern.indices[:0]
+            _jump(dangling, nobody, A.shape[0], dtype, weight.device)
+            one = weight.new_ones(())
+            return _normalised(pattern, weight, weight, one, jump=None, reversible=reversible, dtype=dtype)
+        coo = A.tocoo()
+        numbers = coo.data.astype(weights), coo.row.astype("i8"), coo.col.astype("i8")
         weight, source, target = (torch.from_numpy(x).to(device) for x in numbers)
-        own = weight.dtype if A.dtype.kind == "f" else torch.get_default_dtype()
         return _walk(
             source,
             target,
@@ -247,7 +254,7 @@ class SparseTransition(Transition):
             name="A",
             dangling=dangling,
             reversible=reversible,
-            dtype=checks.floating_dtype(dtype, own),
+            dtype=dtype,
         )
 
     @classmethod
@@ -540,7 +547,7 @@ class SparseTransition(Transition):
             into, out_of = ends[::-1] if transposed else ends
             steps = self.values.to(y.dtype).unsqueeze(-1) * flat.index_select(0, out_of)
             product = torch.zeros_like(flat).index_add(0, into, steps)
-        elif _one_thread(y) and self.values.dtype == y.dtype:
+        elif _scipy_is_fastest(self.values, y):
             matrix = self._matrices[transposed]
             product = torch.from_numpy(matrix @ flat.detach().numpy())
         elif transposed:
@@ -651,10 +658,14 @@ class _Pattern:
         return marked
 
     @cached_property
+    def arrivals(self) -> Tensor:
+        """How many edges enter each node, [N]."""
+        return torch.bincount(self.indices, minlength=len(self.indptr) - 1)
+
+    @cached_property
     def longest(self) -> int:
         """Most edges in a row or a column."""
-        into = torch.bincount(self.indices, minlength=1)
-        return max(int(self.indptr.diff().max()), int(into.max()))
+        return max(int(self.indptr.diff().max()), int(self.arrivals.max()))
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -706,13 +717,23 @@ def csr_product(indptr: Tensor, indices: Tensor, values: Tensor, y: Tensor) -> T
     _told_of_beta()
     # Autocast would multiply in half precision, which CSR products do not have.
     with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
-        shape = (len(indptr) - 1, len(y))
+        y, values, shape = y.detach().contiguous(), values.detach(), (len(indptr) - 1, len(y))
+        if y.device.type == "cpu" and y.dtype == torch.float32:
+            return torch.nn.functional.embedding_bag(
+                indices, y, indptr, mode="sum", per_sample_weights=values, include_last_offset=True
+            )
+        if _scipy_is_fastest(values, y):
+            from scipy import sparse
+
+            rows = sparse.csr_array((values.numpy(), indices.numpy(), indptr.numpy()), shape=shape)
+            return torch.from_numpy(rows @ y.numpy())
         matrix = torch.sparse_csr_tensor(indptr, indices, values, shape, check_invariants=False)
-        return matrix @ y.detach()
+        return matrix @ y
 
 
-def _one_thread(y: Tensor) -> bool:
-    return y.device.type == "cpu" and torch.get_num_threads() == 1
+def _scipy_is_fastest(values: Tensor, y: Tensor) -> bool:
+    one_thread = y.device.type == "cpu" and torch.get_num_threads() == 1
+    return one_thread and values.dtype == y.dtype == torch.float64
 
 
 def composed(weights: Tensor, y: Tensor) -> bool:
@@ -785,26 +806,68 @@ def _walk(
         if not bool(first.all()):
             source, target, place = source[first], target[first], first.cumsum(0) - 1
             scaled, given = (x.new_zeros(len(source)).index_add(0, place, x) for x in (scaled, given))
-    degree = scaled.new_zeros(nodes).index_add(0, source, scaled)
-    values = (scaled / degree.masked_fill(degree == 0, 1.0).index_select(0, source)).to(dtype)
-
     jumps = len(stuck) > 0 and not stays
+    numbers = torch.int32 if max(nodes, len(source)) < 2**31 else torch.int64
+    dangling_nodes = stuck.to(numbers) if jumps else None
+    pattern = _Pattern(row_starts(source, nodes).to(numbers), target.to(numbers), dangling_nodes)
+    return _normalised(
+        pattern, scaled, given, largest, jump=jump if jumps else None, reversible=reversible, dtype=dtype
+    )
+
+
+def _ordinary_rows(A: Any, device: torch.device | str | None) -> tuple["_Pattern", Tensor] | None:
+    """The edges of a scipy matrix with their weights, where they are sorted, summed and easy to normalise.
+
+    So they are in most matrices, and then nothing is left of the work but divisions.
+    """
+    if A.format != "csr" or not A.has_canonical_format or A.nnz == 0 or A.indptr[-1] != len(A.indices):
+        return None
+    nodes = A.shape[0]
+    weight = torch.from_numpy(A.data.astype("f8", copy=False)).to(
+        device, checks.widest(torch.device(device or "cpu"))
+    )
+    smallest, largest = weight.aminmax()
+    # No sum or square of such weights overflows or vanishes, and no node is stuck (nan compares as false).
+    if not bool((smallest > 1e-15) & (largest < 1e15)) or not bool((np.diff(A.indptr) > 0).all()):
+        return None
+    numbers = torch.int32 if max(nodes, A.nnz) < 2**31 else torch.int64
+    # Copies: what becomes of A later is no concern of the walk.
+    indptr, indices = (torch.from_numpy(x).to(device, numbers, copy=True) for x in (A.indptr, A.indices))
+    checks.node_numbers(indices, "A", nodes)
+    return _Pattern(indptr, indices, None), weight
+
+
+def _normalised(
+    pattern: "_Pattern",
+    scaled: Tensor,
+    given: Tensor,
+    largest: Tensor,
+    *,
+    jump: Tensor | None,
+    reversible: bool | None,
+    dtype: torch.dtype,
+) -> SparseTransition:
+    """The walk along the edges of a pattern: weights, as given, divided by the `largest` of their row."""
+    nodes = len(pattern.indptr) - 1
+    if composed(scaled, scaled):
+        degree = scaled.new_zeros(nodes).index_add(0, pattern.sources, scaled)
+    else:
+        degree = csr_product(pattern.indptr, pattern.indices, scaled, scaled.new_ones(nodes, 1)).squeeze(-1)
+    values = (scaled / degree.masked_fill(degree == 0, 1.0).index_select(0, pattern.sources)).to(dtype)
+
     log_degree: Tensor | None = None
-    if not jumps and (_symmetric(source, target, given, nodes) if reversible is None else reversible):
+    mirrored = pattern.dangling is None and (_symmetric(pattern, given) if reversible is None else reversible)
+    if mirrored:
         log_degree = degree.log() + largest.log()
         # A node on its own may have any degree; the largest of the others hides none of them.
         others = log_degree.isfinite()
         alone = log_degree.detach()[others].max() if bool(others.any()) else log_degree.new_zeros(())
         log_degree = torch.where(others, log_degree, alone).to(dtype)
-    numbers = torch.int32 if max(nodes, len(source)) < 2**31 else torch.int64
-    return SparseTransition(
-        row_starts(source, nodes).to(numbers),
-        target.to(numbers),
-        values,
-        log_degree=log_degree,
-        dangling=stuck.to(numbers) if jumps else None,
-        jump=jump if jumps else None,
+    walk = SparseTransition(
+        pattern.indptr, pattern.indices, values, log_degree=log_degree, dangling=pattern.dangling, jump=jump
     )
+    walk.__dict__["_pattern"] = pattern
+    return walk
 
 
 def _jump(
@@ -826,13 +889,20 @@ def _jump(
     return torch.full((nodes,), 1 / nodes, dtype=dtype, device=device) if dangling == "uniform" else None
 
 
-def _symmetric(source: Tensor, target: Tensor, weight: Tensor, nodes: int) -> bool:
-    """Whether every edge, in the order of source and target, has a mirror image of the very same weight."""
+def _symmetric(pattern: "_Pattern", weight: Tensor) -> bool:
+    """Whether every edge has a mirror image of the very same weight."""
     there = weight != 0
     if not bool(there.all()):
-        source, target, weight = source[there], target[there], weight[there]
-    if not torch.equal(torch.bincount(source, minlength=nodes), torch.bincount(target, minlength=nodes)):
+        kept = there.long().cumsum(0).to(pattern.indptr.dtype)
+        starts = torch.cat([kept.new_zeros(1), kept])[pattern.indptr.long()]
+        pattern, weight = _Pattern(starts, pattern.indices[there], None), weight[there]
+    if not torch.equal(pattern.indptr.diff(), pattern.arrivals.to(pattern.indptr.dtype)):
         return False
-    order = _stable_order(target, nodes)
-    mirrored = ((target, source), (source, target), (weight, weight))
-    return all(torch.equal(x.index_select(0, order), y) for x, y in mirrored)
+    if weight.device.type == "cpu":
+        from scipy import sparse
+
+        rows = weight.numpy(), pattern.indices.numpy(), pattern.indptr.numpy()
+        columns = sparse.csr_array(rows, shape=(len(pattern.indptr) - 1,) * 2).tocsc()
+        return np.array_equal(columns.indices, rows[1]) and np.array_equal(columns.data, rows[0])
+    _, sources, order = pattern.transpose
+    return torch.equal(sources, pattern.indices) and torch.equal(weight.index_select(0, order), weight)
