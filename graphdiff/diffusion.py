@@ -181,7 +181,10 @@ def solve_scaled(
     if scaling is not None:
         y, lower, upper = factor * y, factor.detach() * (lower - extra), factor.detach() * (upper + extra)
     value = y.to(operator.dtype)
-    cast, bound = size(value.detach().to(wide) - y.detach(), norm), largest * (answer.error_bound + extra)
+    bound = largest * (answer.error_bound + extra)
+    cast = torch.zeros_like(bound)
+    if value.dtype != wide:
+        cast = size(value.detach().to(wide) - y.detach(), norm)
     missed, matvecs = bound + cast > atol, answer.matvecs
     if scaling is not None and scaling.closer is not None and bool(missed.any()) and not budget.timed_out:
         given = signal.detach().to(wide).expand(shape)
@@ -376,6 +379,8 @@ def default_tol(dtype: torch.dtype) -> float:
 
 def outward(bound: Tensor, dtype: torch.dtype, direction: float) -> Tensor:
     """A bound in another dtype, rounded so that it remains one."""
+    if bound.dtype == dtype:
+        return bound
     cast = bound.to(dtype)
     inside = cast.to(bound.dtype) > bound if direction < 0 else cast.to(bound.dtype) < bound
     return torch.where(inside, torch.nextafter(cast, torch.full_like(cast, direction)), cast)

@@ -196,18 +196,19 @@ def norm_of(operator: Transition) -> Norm:
     return "inf" if operator.stochastic == "rows" else "one"
 
 
-def size(x: Tensor, norm: Norm) -> Tensor:
-    """‖x‖ over the nodes of each right-hand side, [..., 1, K]."""
+def size(x: Tensor, norm: Norm, scratch: Tensor | None = None) -> Tensor:
+    """‖x‖ over the nodes of each right-hand side, [..., 1, K]; `scratch`, like x, is written over."""
+    magnitude = torch.abs(x, out=scratch)
     if norm == "one":
-        return x.abs().sum(-2, keepdim=True)
+        return magnitude.sum(-2, keepdim=True)
     nodes, channels = x.shape[-2:]
     if channels == 1 or nodes < FOLDED:
-        return x.abs().amax(-2, keepdim=True)
+        return magnitude.amax(-2, keepdim=True)
     # torch finds the maxima of a few long rows much faster than those of many short ones.
     left = nodes % FOLDED
-    rows = x[..., left:, :].abs().reshape(*x.shape[:-2], nodes // FOLDED, FOLDED * channels).amax(-2)
+    rows = magnitude[..., left:, :].reshape(*x.shape[:-2], nodes // FOLDED, FOLDED * channels).amax(-2)
     rows = rows.reshape(*x.shape[:-2], FOLDED, channels)
-    return torch.cat([rows, x[..., :left, :].abs()], -2).amax(-2, keepdim=True)
+    return torch.cat([rows, magnitude[..., :left, :]], -2).amax(-2, keepdim=True)
 
 
 def total(x: Tensor) -> Tensor:
@@ -226,18 +227,46 @@ def total(x: Tensor) -> Tensor:
     return x[..., :1, :].clone()
 
 
+class InnerProduct:
+    """⟨u, v⟩ = Σ_i w_i u_i v_i of each channel, in the dtype of the weights and in memory of its own.
+
+    A solver asks for it at every step; new memory each time would cost several times what the sums do.
+    """
+
+    def __init__(self, weights: Tensor, shape: torch.Size) -> None:
+        """For weights [..., N, 1] and vectors of a shape [..., N, K]."""
+        self.weights = weights
+        self.product, self.other = (weights.new_empty(shape) for _ in range(2))
+
+    def __call__(self, u: Tensor, v: Tensor) -> Tensor:
+        """[..., 1, K]."""
+        # Multiplying numbers of two dtypes would widen into new memory first.
+        wide, other = (
+            x if x.dtype == into.dtype else into.copy_(x) for x, into in ((u, self.product), (v, self.other))
+        )
+        torch.mul(self.weights, wide, out=self.product)
+        return total(self.product.mul_(other))
+
+
 def inner(weights: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Σ_i w_i u_i v_i of each channel, [..., 1, K], in the dtype of the weights."""
-    product = weights * u
-    return total((product.mul_(v) if product.shape == v.shape else product * v).contiguous())
+    """Σ_i w_i u_i v_i of each channel, [..., 1, K], once."""
+    shape = torch.broadcast_shapes(weights.shape, u.shape, v.shape)  # type: ignore[no-untyped-call]
+    return InnerProduct(weights, shape)(u, v)
 
 
 def bounding(operator: Transition, mu: Tensor) -> Callable[[Tensor], Tensor]:
     """From a residual to what bounds ‖x* − x‖, were there no rounding; [..., 1, K]."""
     norm, inverse = norm_of(operator), 1 / remaining_of(operator, mu)
-    if inverse.shape[-2] == 1:
-        return lambda residual: size(residual, norm) * inverse
-    return lambda residual: size(residual * inverse, norm)
+    scratch: list[Tensor] = []
+
+    def bound(residual: Tensor) -> Tensor:
+        if not scratch or scratch[0].shape != residual.shape:
+            scratch[:] = [torch.empty_like(residual)]
+        if inverse.shape[-2] == 1:
+            return size(residual, norm, scratch[0]) * inverse
+        return size(torch.mul(residual, inverse, out=scratch[0]), norm, scratch[0])
+
+    return bound
 
 
 def _residual_interval(operator: Transition, mu: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -354,9 +383,7 @@ def _solve_some(
     best = _Best(operator, mu, rhs)
     correction, pending = rhs, best.bound > 0
     steps = torch.zeros(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
-    for attempt in range(1 + MAX_REFINEMENTS):
-        if not bool(pending.any()):
-            break
+    for attempt in range(1 + MAX_REFINEMENTS if bool(pending.any()) else 0):
         b, guess, goal = (t.to(operator.dtype) for t in (correction, initial, target))
         # Where time is up already the first guess is the answer.
         found = Iterate(guess, torch.zeros_like(steps), torch.zeros_like(steps))
@@ -383,6 +410,8 @@ def _solve_some(
         if budget.max_steps is not None:
             pending = pending & (steps.unsqueeze(-2) < budget.max_steps)
         pending = pending & (not budget.timed_out)
+        if not bool(pending.any()):
+            break
         correction = torch.where(pending, best.residual, 0.0)
         initial = torch.zeros_like(rhs)
         # What is left above the target is the certificate's own rounding: make room for it.
@@ -414,15 +443,21 @@ class _Best:
         bound = _interval_norm(low - extra, high + extra, self.norm)
         # Every answer's interval holds, whether or not it is the best; node by node it is narrower than the
         # bound, because the error is e = r + MPe, and what lies between low and high is not e alone but Pe.
-        reach = self._reach(operator)
-        middle, spare = candidate + residual, (1 - reach) * extra
-        lower, upper = middle + reach * (low - extra) - spare, middle + reach * (high + extra) + spare
-        self.lower = torch.where(asked, torch.maximum(self.lower, lower), self.lower)
-        self.upper = torch.where(asked, torch.minimum(self.upper, upper), self.upper)
+        # reach·(low − extra) − (1 − reach)·extra is reach·low − extra.
+        reach, upper = self._reach(operator), candidate + residual
+        lower = upper + (reach * low).sub_(extra)
+        upper += (reach * high).add_(extra)
+        torch.maximum(lower, self.lower, out=lower)
+        torch.minimum(upper, self.upper, out=upper)
         better = asked & (bound < self.bound)
-        self.x = torch.where(better, candidate, self.x)
-        self.residual = torch.where(better, residual, self.residual)
-        self.bound = torch.where(better, bound, self.bound)
+        if not bool(asked.all()):
+            lower, upper = torch.where(asked, lower, self.lower), torch.where(asked, upper, self.upper)
+        if not bool(better.all()):
+            candidate = torch.where(better, candidate, self.x)
+            residual = torch.where(better, residual, self.residual)
+            bound = torch.where(better, bound, self.bound)
+        self.lower, self.upper = lower, upper
+        self.x, self.residual, self.bound = candidate, residual, bound
 
     def _reach(self, operator: Transition) -> Tensor:
         """µ·rowsum, [..., 1 or N, 1 or K]: what of the bounds of e a walk passes on to each node."""
@@ -434,7 +469,7 @@ class _Best:
 
 def cast_error(x: Tensor, dtype: torch.dtype, norm: Norm) -> Tensor:
     """What rounding x to `dtype` can cost, [..., 1, K]: half a unit in the last place of each entry."""
-    return size(x, norm) * (torch.finfo(dtype).eps / 2 if dtype != x.dtype else 0.0)
+    return x.new_zeros(()) if dtype == x.dtype else size(x, norm) * (torch.finfo(dtype).eps / 2)
 
 
 def _slack(operator: Transition, mu: Tensor, x_size: Tensor, rhs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -453,7 +488,7 @@ def _evidence(
     """
     dtype = operator.dtype
     walked = operator.matmul(x.to(dtype))
-    residual = (rhs.to(dtype) - (x.to(dtype) - mu.to(dtype) * walked)).to(rhs.dtype)
+    residual = (mu.to(dtype) * walked).sub_(x.to(dtype)).add_(rhs.to(dtype)).to(rhs.dtype)
     low, high = _residual_interval(operator, mu, residual)
     extra = _slack(operator, mu, size(x, norm_of(operator)), rhs, dtype)
     return residual, low, high, extra + _arithmetic(operator, mu, rhs, low, high)

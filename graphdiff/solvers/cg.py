@@ -8,6 +8,7 @@ from torch import Tensor
 
 from graphdiff.operators.base import Transition
 from graphdiff.solvers.base import (
+    InnerProduct,
     Iterate,
     Limits,
     Problem,
@@ -79,12 +80,14 @@ class CG(Solver):
             share, length = inner(weight, residual, mode), inner(weight, mode, mode)
             # No more than rounding is none: nodes that a signal does not reach stay at exactly 0.
             large = share.abs() > 1e-6 * (length * inner(weight, residual, residual)).sqrt()
-            part = torch.where(large, share / length, 0.0) * mode
-            residual = residual - part.to(rhs.dtype)
-            y = y + (part / (1 - mu)).to(rhs.dtype)
+            if bool(large.any()):
+                part = torch.where(large, share / length, 0.0) * mode
+                residual = residual - part.to(rhs.dtype)
+                y = y + (part / (1 - mu)).to(rhs.dtype)
 
         bounded = bounding(operator, mu)
-        square, bound = inner(weight, residual, residual), bounded(residual)
+        product = InnerProduct(weight, residual.shape)
+        square, bound = product(residual, residual), bounded(residual)
         steps = torch.zeros(*rhs.shape[:-2], 1, rhs.shape[-1], dtype=torch.int64, device=rhs.device)
         # Theory's count, from the D-norm to the promise's and back; rounding delays CG, hence twice.
         spread = (log_weight.amin(-2, keepdim=True) / 2).to(wide).exp()
@@ -100,14 +103,14 @@ class CG(Solver):
         while bool(active.any()):
             torch.mul(operator.matmul(direction), mu, out=image)
             torch.sub(direction, image, out=image)
-            curvature = inner(weight, direction, image)
+            curvature = product(direction, image)
             # No curvature, no step: that is rounding, or an operator that is not what it says.
             active = active & (curvature > 0)
             step = torch.where(active, square / curvature, 0.0).to(rhs.dtype)
             y += torch.mul(direction, step, out=moved)
             residual -= torch.mul(image, step, out=moved)
             steps = steps + active
-            following = inner(weight, residual, residual)
+            following = product(residual, residual)
             direction *= torch.where(active, following / square, 0.0).to(rhs.dtype)
             direction += residual
             square = following
@@ -117,7 +120,8 @@ class CG(Solver):
             active = active & (bound > target) & (bound < largest) & (steps < limit)
             active = limits.going_on(active & (steps - halved_at < patience), steps, bound)
         lost = (bound > target) & (bound >= largest)
-        y, residual = torch.where(lost, first, y), torch.where(lost, first_residual, residual)
+        if bool(lost.any()):
+            y, residual = torch.where(lost, first, y), torch.where(lost, first_residual, residual)
         # One step of walking more: its product is the one that the certificate computes.
         reached = Iterate(y + residual, steps.squeeze(-2), steps.squeeze(-2) + 1)
         # Where degrees differ too much for the D-norm to see the smallest, Chebyshev, which has no use for

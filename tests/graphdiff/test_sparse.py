@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -214,6 +215,48 @@ def test_scipy_numbers_of_every_kind():
             P.dense().double(), walk(torch.tensor(A.astype(kind).todense().astype("f8")))
         )
     assert gd.SparseTransition.from_scipy(A, dtype=torch.float16).dtype == torch.float16
+
+
+@st.composite
+def matrices(draw):
+    """Weights on few nodes, in any format, some 0, some huge, stored twice or out of order."""
+    nodes = draw(st.integers(1, 6))
+    number = st.integers(0, nodes - 1)
+    weight = st.sampled_from([0.0, 0.5, 1.0, 3.0, 1e-300, 1e300])
+    edges = draw(st.lists(st.tuples(number, number, weight), max_size=20))
+    if draw(st.booleans()):
+        edges += [(j, i, w) for i, j, w in edges if i != j]
+    if draw(st.booleans()):
+        edges += [(i, i, 1.0) for i in range(nodes)]
+    rows, columns, weights = (np.array([e[k] for e in edges], dtype=t) for k, t in enumerate("iid"))
+    return sp.coo_array((weights, (rows, columns)), (nodes, nodes))
+
+
+@given(matrices(), st.sampled_from(["self", "uniform"]))
+def test_rows_that_are_ready_make_the_walk_that_loose_edges_make(A, dangling):
+    loose = gd.SparseTransition.from_scipy(A, dangling=dangling)
+    for ready in (A.tocsr(), A.tocsc(), A.tolil()):
+        P = gd.SparseTransition.from_scipy(ready, dangling=dangling)
+        assert P.reversible == loose.reversible
+        torch.testing.assert_close(P.dense(), loose.dense(), rtol=1e-14, atol=0)
+        if P.reversible:
+            torch.testing.assert_close(P.log_degree, loose.log_degree, rtol=1e-14, atol=1e-14)
+
+
+def test_what_becomes_of_a_matrix_later_is_no_concern_of_its_walk():
+    A = sp.csr_array(np.array([[0.0, 1.0, 2.0], [1.0, 0.0, 0.0], [2.0, 0.0, 5.0]]))
+    P = gd.SparseTransition.from_scipy(A)
+    before = P.dense().clone()
+    A.data[:], A.indices[:] = 7, 0
+    assert torch.equal(P.dense(), before)
+    assert torch.equal(P @ torch.ones(3, dtype=torch.float64), before.sum(1))
+
+
+def test_a_matrix_that_names_no_node_is_refused():
+    A = sp.csr_array(np.eye(3))
+    A.indices[1] = 3
+    with pytest.raises(ValueError, match="expected node numbers from 0 to 2 for N = 3 nodes, got 3"):
+        gd.SparseTransition.from_scipy(A)
 
 
 def test_networkx_graphs():
