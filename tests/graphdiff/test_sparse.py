@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -232,6 +232,7 @@ def matrices(draw):
     return sp.coo_array((weights, (rows, columns)), (nodes, nodes))
 
 
+@settings(max_examples=150)
 @given(matrices(), st.sampled_from(["self", "uniform"]))
 def test_rows_that_are_ready_make_the_walk_that_loose_edges_make(A, dangling):
     loose = gd.SparseTransition.from_scipy(A, dangling=dangling)
@@ -254,8 +255,8 @@ def test_what_becomes_of_a_matrix_later_is_no_concern_of_its_walk():
 
 def test_a_matrix_that_names_no_node_is_refused():
     A = sp.csr_array(np.eye(3))
-    A.indices[1] = 3
-    with pytest.raises(ValueError, match="expected node numbers from 0 to 2 for N = 3 nodes, got 3"):
+    A.indices[1] = 10**6
+    with pytest.raises(ValueError, match="expected node numbers from 0 to 2 for N = 3 nodes, got 1000000"):
         gd.SparseTransition.from_scipy(A)
 
 
@@ -637,3 +638,5 @@ def test_weights_so_large_that_their_sum_overflows_are_finite():
     path = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
     P = from_edges(path, torch.full((4,), 1.5e308, dtype=torch.float64))
     torch.testing.assert_close(P.rows([1]), torch.tensor([[0.5, 0.0, 0.5]], dtype=torch.float64))
+    ready = sp.csr_array((np.full(4, 1.5e308), path.numpy()))
+    torch.testing.assert_close(gd.SparseTransition.from_scipy(ready).dense(), P.dense())
