@@ -9,6 +9,7 @@ from torch import Tensor
 from graphdiff.operators.base import Transition
 from graphdiff.solvers.base import Iterate, Limits, Problem, Solver, carry_on, norm_of, rate_of, size
 from graphdiff.solvers.bicgstab import BiCGSTAB
+from graphdiff.solvers.block_cg import BlockCG
 from graphdiff.solvers.cg import CG
 from graphdiff.solvers.direct import Direct
 from graphdiff.solvers.walk import Walk
@@ -17,6 +18,9 @@ from graphdiff.solvers.walk import Walk
 SMALL = 256
 # Above this the matrix and its factors outgrow what a solve should take unasked (1 GB in float64).
 LARGEST_DENSE = 8192
+# So many signals search one space in clearly fewer steps than each its own. The sums of a block are 7NK²
+# multiplications in float64, twice as dear as the N²K of a product: up to about half of one.
+MANY, NODES_A_SIGNAL = 4, 28
 # How many walks are watched at a time, and the rate a step above which BiCGSTAB needs fewer products.
 WATCHED_STEPS = 4
 SLOW = 0.5
@@ -25,6 +29,8 @@ SLOW = 0.5
 @dataclass(frozen=True)
 class Auto:
     """Direct for small problems, CG for reversible walks, else walks, with BiCGSTAB where they are slow.
+
+    BlockCG in the place of CG for many signals on walks that are not sparse, where N is many times K.
 
     Example:
         >>> import torch, graphdiff as gd
@@ -43,6 +49,10 @@ class Auto:
         if not operator.sparse and nodes <= LARGEST_DENSE and mu.shape[-1] * nodes <= 3 * products * channels:
             return Direct(), f"N = {nodes}: factorising costs less than at most about {products} products"
         if operator.reversible:
+            one_system = not operator.sparse and mu.shape[-1] == 1
+            if one_system and channels >= MANY and nodes >= NODES_A_SIGNAL * channels:
+                why = f"reversible: {channels} signals at once, at most about {products} products"
+                return BlockCG(), why
             return CG(), f"reversible: at most about {products} products"
         return WatchedWalk(), f"not reversible: walks, at most about {products}, unless they turn out slow"
 
