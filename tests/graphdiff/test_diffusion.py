@@ -235,17 +235,17 @@ def test_theory_5_spectrum_of_reversible_walks(problem):
     assert eigenvalues.real.max() < upper + 1e-9
 
 
-@pytest.mark.parametrize("solver", [gd.solvers.Chebyshev(), gd.solvers.CG()], ids=str)
+@pytest.mark.parametrize("solver", [gd.solvers.Chebyshev(), gd.solvers.CG(), gd.solvers.BlockCG()], ids=str)
 @given(problem=problems(names=WELL_WEIGHTED, mus=(0.3, 0.9, 0.99)), steps=st.integers(1, 12))
 def test_theory_5_krylov_methods_converge_as_proved(solver, problem, steps):
-    """2ρᵗ/(1 + ρ²ᵗ) of the first error, in the D-norm for Chebyshev and in the energy norm for CG."""
+    """2ρᵗ/(1 + ρ²ᵗ) of the first error, in the D-norm for Chebyshev, in the energy norm for CG."""
     P, s, mu = problem.P, problem.s, torch.full((1, 1), problem.mu, dtype=torch.float64)
     for Q, D in ((P, problem.dense), (P.T, problem.dense.mT)):
         weight = (Q.log_degree - Q.log_degree.amax(-1, keepdim=True)).exp().unsqueeze(-1)
         exact = oracle(D, s, problem.mu)
 
         def size(e, weight=weight, D=D):
-            other = e - mu * (D @ e) if isinstance(solver, gd.solvers.CG) else e
+            other = e if isinstance(solver, gd.solvers.Chebyshev) else e - mu * (D @ e)
             return (weight * e * other).sum(-2).clamp(min=0).sqrt()
 
         never = torch.full((*exact.shape[:-2], 1, exact.shape[-1]), 1e-300, dtype=torch.float64)
