@@ -229,6 +229,11 @@ class _Inside(Transition):
         """As the walk, if the nodes clamped are the same throughout."""
         return self.walk.sparse and len(self.shape) == 2
 
+    @property
+    def quadratic(self) -> bool:  # type: ignore[override]  # the walk's
+        """As the walk."""
+        return self.walk.quadratic
+
     def matmul(self, y: Tensor) -> Tensor:
         """Q y."""
         return self.free * self.walk.matmul(self.free * y) / (self.sums * self.mu)

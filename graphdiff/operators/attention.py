@@ -63,6 +63,7 @@ class AttentionTransition(Transition):
 
     reversible = True
     positive_semidefinite = True
+    quadratic = True
     entrywise = True
 
     def __post_init__(self) -> None:

@@ -29,6 +29,8 @@ class Transition(ABC):
     """Whether, besides, the affinity D·P has no negative eigenvalue."""
     sparse: bool = False
     """Whether rows are short lists, given by `neighbours` and `to_scipy`."""
+    quadratic: bool = False
+    """Whether a product takes about N² multiplications for each signal, so that sums over nodes are cheap."""
     entrywise: bool = False
     """Whether `rounding` holds entry by entry, |fl(P y) − P y| ≤ ε P|y|, `underflow` apart."""
     restarts: bool = False
@@ -285,6 +287,11 @@ class TransposedTransition(Transition):
     def sparse(self) -> bool:  # type: ignore[override]  # the original's
         """As the original."""
         return self.original.sparse
+
+    @property
+    def quadratic(self) -> bool:  # type: ignore[override]  # the original's
+        """As the original."""
+        return self.original.quadratic
 
     def neighbours(self, index: Tensor | Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Every step into some nodes."""

@@ -43,6 +43,7 @@ class DenseTransition(Transition):
     log_degree: Tensor | None = field(default=None, kw_only=True)
     mask: Tensor | None = field(default=None, kw_only=True)
 
+    quadratic = True
     entrywise = True
 
     def __post_init__(self) -> None:

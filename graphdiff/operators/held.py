@@ -27,6 +27,8 @@ class HeldTransition(Transition):
     matrix: Tensor
     found_log_degree: Tensor
 
+    quadratic = True
+
     @staticmethod
     def fits(shape: torch.Size, dtype: torch.dtype) -> bool:
         """Whether matrices of such a shape [..., N, N] may be held."""

@@ -19,8 +19,8 @@ SMALL = 256
 # Above this the matrix and its factors outgrow what a solve should take unasked (1 GB in float64).
 LARGEST_DENSE = 8192
 # So many signals search one space in clearly fewer steps than each its own. The sums of a block are 7NK²
-# multiplications in float64, twice as dear as the N²K of a product: up to about half of one.
-MANY, NODES_A_SIGNAL = 4, 28
+# multiplications in float64, twice as dear as the N²K of a product: up to about one product.
+MANY, NODES_A_SIGNAL = 4, 14
 # How many walks are watched at a time, and the rate a step above which BiCGSTAB needs fewer products.
 WATCHED_STEPS = 4
 SLOW = 0.5
@@ -30,7 +30,8 @@ SLOW = 0.5
 class Auto:
     """Direct for small problems, CG for reversible walks, else walks, with BiCGSTAB where they are slow.
 
-    BlockCG in the place of CG for many signals on walks that are not sparse, where N is many times K.
+    On the CPU BlockCG in the place of CG for many signals of a walk whose products cost N² each, unless they
+    have a µ each or N is only a few times K.
 
     Example:
         >>> import torch, graphdiff as gd
@@ -49,8 +50,9 @@ class Auto:
         if not operator.sparse and nodes <= LARGEST_DENSE and mu.shape[-1] * nodes <= 3 * products * channels:
             return Direct(), f"N = {nodes}: factorising costs less than at most about {products} products"
         if operator.reversible:
-            one_system = not operator.sparse and mu.shape[-1] == 1
-            if one_system and channels >= MANY and nodes >= NODES_A_SIGNAL * channels:
+            # Elsewhere than on the CPU a step's many small sums take as long as the product.
+            dear = operator.quadratic and operator.device.type == "cpu"
+            if dear and mu.shape[-1] == 1 and MANY <= channels <= nodes // NODES_A_SIGNAL:
                 why = f"reversible: {channels} signals at once, at most about {products} products"
                 return BlockCG(), why
             return CG(), f"reversible: at most about {products} products"

@@ -135,11 +135,12 @@ class _Block:
         rank = self.basis.shape[-1]
         S, AS = S[:, :rank], AS[:, :rank]
         energy = S.T @ (self.weight * AS)
-        root, failed = torch.linalg.cholesky_ex((energy + energy.T) / 2)
+        # Of so small a matrix the CPU has the factors first.
+        root, failed = torch.linalg.cholesky_ex(((energy + energy.T) / 2).cpu())
         # No curvature, no step: that is rounding, or an operator that is not what it says.
         if rank == 0 or bool(failed) or not bool(root.isfinite().all()):
             return False
-        inverse = torch.cholesky_inverse(root)
+        inverse = torch.cholesky_inverse(root).to(S.device)
         step = inverse @ self.factor
         self.x.addmm_(S, step)
         # Not Qσ: what Q leaves out as too small is seen in the bound.
@@ -169,7 +170,7 @@ def _seen(Z: Tensor, weight: Tensor, noise: float) -> tuple[Tensor, Tensor, Tens
     length = gram.diagonal().clamp(min=0).sqrt()
     length = torch.where(length > noise, length, 0.0).unsqueeze(-1)
     scale = torch.where(length > 0, 1 / length, 0.0)
-    cosines, vectors = torch.linalg.eigh(gram * scale * scale.T)
+    cosines, vectors = (x.to(Z.device) for x in torch.linalg.eigh((gram * scale * scale.T).cpu()))
     seen = cosines > torch.finfo(Z.dtype).eps ** SEEN
     root, V, U = cosines[seen].sqrt(), vectors[:, seen], vectors[:, ~seen]
     return Z @ (scale * V / root), (length * V * root).T, Z @ (scale * U), (length * U).T
