@@ -3,9 +3,9 @@
 ψ holds Fourier features of points in the unit square, as positions in an image would have them: cos and sin
 of 32 random frequencies (seed 3, standard deviation 1.5), times 1.2, which makes |ψ|² = 46. λ₂ is found by
 300 power steps on the smallest size timed. µ = .9 and tol 1e-5 in float32; the true error is that against the
-built matrix in float64, on the first signal. Ours is what `Auto` chooses, `BlockCG` for many signals; CG stands
-beside it. "Limit" is the time of the products and exponentials that the solve does, at the machine's own rates
-of the same run; the sums of `BlockCG` are not in it:
+built matrix in float64, on the first signal. Ours is what `Auto` chooses, for many signals `BlockCG`, beside
+which stands `CG`. "Limit" is the time of the products and exponentials that the solve does, at the machine's
+own rates of the same run; the sums of `BlockCG` are not in it:
 
     2N²d + N² exponentials for the matrix, 2N²K a product of the solver, and for the certificate in float64
     N²/2 · (2d + 4(K + 1)) and N²/2 exponentials
