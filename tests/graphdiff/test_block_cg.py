@@ -288,6 +288,16 @@ def test_degrees_that_differ_by_many_orders(dtype, spread, transposed):
         assert (block.matvecs <= 2 * other.matvecs).all()
 
 
+def test_residuals_that_grow_unseen_are_thrown_away():
+    """Log-degrees spread by 196: what the block makes of the smallest nodes is no start for Chebyshev."""
+    psi = randn(40, 3)
+    psi = psi / psi.norm(dim=1, keepdim=True) * torch.linspace(1, 196, 40).double().sqrt()[:, None]
+    P, s = gd.AttentionTransition(psi.float()), randn(40, 4, seed=5, dtype=torch.float32)
+    block, other = (gd.solve(P, s, 0.99, solver=solver) for solver in (BLOCK, gd.solvers.Chebyshev()))
+    assert block.converged.all()
+    assert (block.matvecs < other.matvecs).all()
+
+
 def test_a_walk_that_is_not_what_it_says_is_not_trusted():
     """A false claim of symmetry ends in a certified answer or a False."""
     g = torch.Generator().manual_seed(3)
