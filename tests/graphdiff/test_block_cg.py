@@ -56,7 +56,7 @@ def blocks(draw, names=REVERSIBLE, most=12):
 # --- mathematics
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(blocks(), st.sampled_from([0.0, 0.3, 0.9, 0.99]), st.booleans(), st.booleans())
 def test_blocks_of_any_rank_keep_the_promise(problem, mu, transposed, single):
     """Copies, zeros, combinations, more signals than nodes; in both precisions and directions."""
