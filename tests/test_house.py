@@ -35,6 +35,7 @@ FLOORS = {
             "solvers.walk",
             "solvers.chebyshev",
             "solvers.cg",
+            "solvers.block_cg",
             "solvers.multigrid",
             "solvers.bicgstab",
             "solvers.push",

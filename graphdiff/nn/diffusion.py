@@ -201,7 +201,10 @@ class Diffusion(nn.Module):
 
 _KNOWN = {
     str(s): s
-    for s in (Auto(), solvers.Direct(), solvers.Walk(), solvers.Chebyshev(), solvers.CG(), solvers.BiCGSTAB())
+    for s in (
+        *(Auto(), solvers.Direct(), solvers.Walk(), solvers.Chebyshev(), solvers.CG(), solvers.BlockCG()),
+        solvers.BiCGSTAB(),
+    )
 }
 
 

@@ -3,6 +3,7 @@
 from graphdiff.solvers.auto import Auto
 from graphdiff.solvers.base import Solver
 from graphdiff.solvers.bicgstab import BiCGSTAB
+from graphdiff.solvers.block_cg import BlockCG
 from graphdiff.solvers.cg import CG
 from graphdiff.solvers.chebyshev import Chebyshev
 from graphdiff.solvers.direct import Direct
@@ -11,4 +12,16 @@ from graphdiff.solvers.push import Push
 from graphdiff.solvers.shifted import Shifted
 from graphdiff.solvers.walk import Walk
 
-__all__ = ["CG", "Auto", "BiCGSTAB", "Chebyshev", "Direct", "Multigrid", "Push", "Shifted", "Solver", "Walk"]
+__all__ = [
+    "CG",
+    "Auto",
+    "BiCGSTAB",
+    "BlockCG",
+    "Chebyshev",
+    "Direct",
+    "Multigrid",
+    "Push",
+    "Shifted",
+    "Solver",
+    "Walk",
+]

@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,6 +124,9 @@ class Limits(NamedTuple):
 @dataclass(frozen=True)
 class Solver(ABC):
     """A method for (I − MP) x = b. Frozen, without tolerances: those belong to the call."""
+
+    together: ClassVar[bool] = False
+    """Whether right-hand sides gain from each other, so that all of them are to be solved at a time."""
 
     def prepare(self, operator: Transition, mu: Tensor) -> Any:
         """What can be done once for many right-hand sides: unless written, to hold the walk for products.
@@ -348,7 +351,8 @@ def solve_certified(
         atol: Largest error allowed, [..., 1, K], in the norm of the operator.
         budget: Most steps a right-hand side may take, and seconds the whole.
     """
-    width, channels = _width(operator, mu, rhs), rhs.shape[-1]
+    channels = rhs.shape[-1]
+    width = channels if solver.together else _width(operator, mu, rhs)
     done = []
     for first in range(0, channels, width):
         some = slice(first, first + width)

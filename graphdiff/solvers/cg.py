@@ -57,44 +57,19 @@ class CG(Solver):
 
     def prepare(self, operator: Transition, mu: Tensor) -> Weighted:
         """The weights of the inner product."""
-        held = operator.held()
-        log_degree = check_reversible(held, "CG").unsqueeze(-1)
-        return Weighted(held, mu, log_degree - log_degree.amax(-2, keepdim=True))
+        return weighted(operator, mu, "CG")
 
     def solve(self, state: Weighted, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Iterate until the bound of each right-hand side is below its target."""
-        operator, mu, log_weight = state
-        wide = torch.float32 if rhs.device.type == "mps" else torch.float64
-        weight, y = log_weight.to(wide).exp(), initial
-        if mu.shape[-2] > 1:
-            # Where µ_i = 0 the answer is b_i; started there, no direction ever has an entry at i.
-            y = torch.where(mu == 0, rhs, y)
-            weight = torch.where(mu == 0, 0.0, weight / mu.to(wide))
-        residual = rhs - (y - mu * operator.matmul(y))
-        if mu.shape[-2] == 1:
-            # The slowest mode is known: 1, or d for the transpose. The error of a signal has none of it, but
-            # that of another first guess may; taking it out costs no product.
-            mode = (log_weight.amin(-2, keepdim=True) - log_weight).to(wide).exp()
-            if operator.stochastic == "rows":
-                mode = torch.ones_like(mode)
-            share, length = inner(weight, residual, mode), inner(weight, mode, mode)
-            # No more than rounding is none: nodes that a signal does not reach stay at exactly 0.
-            large = share.abs() > 1e-6 * (length * inner(weight, residual, residual)).sqrt()
-            if bool(large.any()):
-                part = torch.where(large, share / length, 0.0) * mode
-                residual = residual - part.to(rhs.dtype)
-                y = y + (part / (1 - mu)).to(rhs.dtype)
-
+        operator, mu, _ = state
+        weight, y, residual = started(state, rhs, initial)
         bounded = bounding(operator, mu)
         product = InnerProduct(weight, residual.shape)
         square, bound = product(residual, residual), bounded(residual)
         steps = torch.zeros(*rhs.shape[:-2], 1, rhs.shape[-1], dtype=torch.int64, device=rhs.device)
-        # Theory's count, from the D-norm to the promise's and back; rounding delays CG, hence twice.
-        spread = (log_weight.amin(-2, keepdim=True) / 2).to(wide).exp()
-        limit = limits.within(10 + 2 * steps_to(spread * target / 2, bound, rate_of(operator, mu)))
+        most, patience = allowance(state, target, bound)
+        limit = limits.within(most)
         active = (bound > target) & (steps < limit)
-        # Halving the error takes no more than this, if the D-norm sees it.
-        patience = 10 + steps_to(torch.ones_like(bound), torch.full_like(bound, 8.0), rate_of(operator, mu))
         halved_at, halved = steps, bound
         first, first_residual, largest = y, residual, LOSS / torch.finfo(rhs.dtype).eps * bound
         # What changes at every step is changed where it stands: new memory would cost as much as the sums.
@@ -128,3 +103,48 @@ class CG(Solver):
         # them, goes on.
         problem = Problem(operator, mu)
         return carry_on(Chebyshev(), problem, rhs, reached, bound > target, target, limits)
+
+
+def weighted(operator: Transition, mu: Tensor, solver: str) -> Weighted:
+    """The walk held for products and its weights, for who needs it to be reversible."""
+    held = operator.held()
+    log_degree = check_reversible(held, solver).unsqueeze(-1)
+    return Weighted(held, mu, log_degree - log_degree.amax(-2, keepdim=True))
+
+
+def started(state: Weighted, rhs: Tensor, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights of the inner product, in the best precision at hand, the first iterate and its residual."""
+    operator, mu, log_weight = state
+    wide = torch.float32 if rhs.device.type == "mps" else torch.float64
+    weight, y = log_weight.to(wide).exp(), initial
+    if mu.shape[-2] > 1:
+        # Where µ_i = 0 the answer is b_i; started there, no direction ever has an entry at i.
+        y = torch.where(mu == 0, rhs, y)
+        weight = torch.where(mu == 0, 0.0, weight / mu.to(wide))
+    residual = rhs - (y - mu * operator.matmul(y))
+    if mu.shape[-2] == 1:
+        # The slowest mode is known: 1, or d for the transpose. The error of a signal has none of it, but
+        # that of another first guess may; taking it out costs no product.
+        mode = (log_weight.amin(-2, keepdim=True) - log_weight).to(wide).exp()
+        if operator.stochastic == "rows":
+            mode = torch.ones_like(mode)
+        share, length = inner(weight, residual, mode), inner(weight, mode, mode)
+        # No more than rounding is none: nodes that a signal does not reach stay at exactly 0.
+        large = share.abs() > 1e-6 * (length * inner(weight, residual, residual)).sqrt()
+        if bool(large.any()):
+            part = torch.where(large, share / length, 0.0) * mode
+            residual = residual - part.to(rhs.dtype)
+            y = y + (part / (1 - mu)).to(rhs.dtype)
+    return weight, y, residual
+
+
+def allowance(state: Weighted, target: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """The most steps that can help, [..., 1, K], and how many of them may leave the bound unhalved."""
+    operator, mu, log_weight = state
+    wide = torch.float32 if bound.device.type == "mps" else torch.float64
+    rate = rate_of(operator, mu)
+    # Theory's count, from the D-norm to the promise's and back; rounding delays CG, hence twice.
+    spread = (log_weight.amin(-2, keepdim=True) / 2).to(wide).exp()
+    most = 10 + 2 * steps_to(spread * target / 2, bound, rate)
+    # Halving the error takes no more than this, if the D-norm sees it.
+    return most, 10 + steps_to(torch.ones_like(bound), torch.full_like(bound, 8.0), rate)

@@ -38,6 +38,10 @@ class MultiScale(nn.Module):
         if scale == 1:
             return self.model(image)  # type: ignore[no-any-return]
         height, width = (8 * max(1, round((side - 1) * scale / 8)) + 1 for side in image.shape[-2:])
-        smaller = F.interpolate(image, (height, width), mode="bilinear", align_corners=False, antialias=True)
+        # In bfloat16, to which autocast would turn, a CPU cannot, and pixels lose digits anywhere.
+        with torch.autocast(image.device.type, enabled=False):
+            smaller = F.interpolate(
+                image.float(), (height, width), mode="bilinear", align_corners=False, antialias=True
+            )
         logits = self.model(smaller)
         return F.interpolate(logits, image.shape[-2:], mode="bilinear", align_corners=False)

@@ -41,7 +41,7 @@ def diffuse_from(name, solver, transposed):
     edges = (instance(name)[0] != 0).double()
 
     # Solvers for reversible walks alone want the perturbed affinity symmetric too.
-    symmetric = solver in ("CG", "Chebyshev", "Multigrid") and edges.shape[-1] == edges.shape[-2]
+    symmetric = solver in ("CG", "BlockCG", "Chebyshev", "Multigrid") and edges.shape[-1] == edges.shape[-2]
 
     def function(leaf, s, mu):
         leaf = (leaf + leaf.mT) / 2 if symmetric else leaf
@@ -132,7 +132,7 @@ def test_a_backward_that_misses_its_promise_warns():
         y.backward(torch.tensor([1.0, -1.0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", ["CG", "Chebyshev", "BiCGSTAB"])
+@pytest.mark.parametrize("name", ["CG", "BlockCG", "Chebyshev", "BiCGSTAB"])
 def test_the_backward_takes_about_as_many_products_as_the_forward(name):
     """With wrong weights for Pᵀ, CG would give up and go on as Chebyshev."""
     counts = {"P": 0, "PT": 0}

@@ -263,6 +263,7 @@ SOLVERS: dict[str, gd.solvers.Solver | gd.solvers.Auto] = {
     "Walk": gd.solvers.Walk(),
     "Chebyshev": gd.solvers.Chebyshev(),
     "CG": gd.solvers.CG(),
+    "BlockCG": gd.solvers.BlockCG(),
     "BiCGSTAB": gd.solvers.BiCGSTAB(),
     "Shifted": gd.solvers.Shifted(),
     "Push": gd.solvers.Push(),
@@ -272,11 +273,17 @@ if importlib.util.find_spec("pyamg"):  # else test_boundary.py skips a test that
     SOLVERS["Multigrid"] = gd.solvers.Multigrid()
 
 
-def applies(solver: gd.solvers.Solver | gd.solvers.Auto, P: gd.Transition) -> bool:
-    """Whether the solver is for such walks: some need reversible ones, some sparse ones, and say so."""
+def applies(solver: gd.solvers.Solver | gd.solvers.Auto, P: gd.Transition, mus: int = 1) -> bool:
+    """Whether the solver is for such walks, and so many µ for the channels.
+
+    Some need reversible walks, some sparse ones, some one µ, and say so.
+    """
+    if isinstance(solver, gd.solvers.BlockCG) and mus > 1:
+        return False
     if isinstance(solver, gd.solvers.Multigrid | gd.solvers.Push) and not P.sparse:
         return False
-    return P.reversible or not isinstance(solver, gd.solvers.CG | gd.solvers.Chebyshev | gd.solvers.Multigrid)
+    reversible = gd.solvers.CG | gd.solvers.BlockCG | gd.solvers.Chebyshev | gd.solvers.Multigrid
+    return P.reversible or not isinstance(solver, reversible)
 
 
 def oracle(P: Tensor, s: Tensor, mu: float | Tensor) -> Tensor:

@@ -61,6 +61,14 @@ def test_logits_of_each_scale_and_their_maximum_class_by_class():
     assert ((largest == whole).any(), (largest == half).any()) == (True, True)
 
 
+def test_images_are_made_smaller_in_float32_under_autocast_too():
+    it, image = Recording(), torch.randn(2, 3, 33, 33)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = MultiScale(it, scales=(1.0, 0.5))(image)
+    assert logits[0].dtype == torch.bfloat16
+    assert torch.equal(it.seen[1], F.interpolate(image, (17, 17), mode="bilinear", antialias=True))
+
+
 @pytest.mark.parametrize("model", ["sim-deeplab", "difnet"])
 def test_the_loss_is_the_sum_over_the_scales_and_their_maximum(model):
     config = resolve({"model": model, "msc": True, "max_steps": 5, "batch_size": 2}, None)
