@@ -66,6 +66,8 @@ class Solution:
     reason: str
 
     def __repr__(self) -> str:
+        if self.error_bound.numel() == 0:
+            return f"Solution({list(self.value.shape)} {str(self.value.dtype).removeprefix('torch.')}, empty)"
         told = "converged" if bool(self.converged.all()) else "NOT converged"
         return (
             f"Solution({list(self.value.shape)} {str(self.value.dtype).removeprefix('torch.')}, {told}, "
