@@ -74,6 +74,13 @@ def test_where_0_is_good_enough_it_may_be_the_answer():
     assert (sol.error_bound <= 1.5 * s.abs().amax(0)).all()
 
 
+def test_a_first_guess_of_0_is_left_only_for_a_better_answer():
+    P, s = walk(3)
+    sol = gd.solve(P, s, 0.9, solver=Broken(1.0), initial=torch.zeros_like(s), on_failure="ignore")
+    assert not sol.value.any()
+    assert torch.allclose(sol.error_bound, s.abs().amax(0))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_an_answer_that_must_be_worse_than_0_is_not_given(transposed):
     P, s = walk(3)
@@ -134,6 +141,7 @@ def test_harmonic_does_not_excuse_a_broken_solver(size):
         sol = gd.harmonic(*line(), solver=Broken(size))
     assert sol.reason.endswith(f"; {SHORT}")
     assert ((sol.value - torch.arange(8.0)).abs() <= sol.error_bound).all()
+    assert bool(((sol.value >= 0) & (sol.value <= 7)).all())
 
 
 def test_harmonic_does_not_blame_a_solver_for_rounding():

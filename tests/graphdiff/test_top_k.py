@@ -64,6 +64,7 @@ def check(found, exact, tol, slip):
     assert (found.lower <= found.values).all()
     assert (found.values <= found.upper).all()
     assert ((found.values[there] - exact[index]).abs() <= found.error_bound[there] + slip).all()
+    assert (found.error_bound >= torch.maximum(found.upper - found.values, found.values - found.lower)).all()
     assert (found.error_bound <= (found.upper - found.lower) * (0.5 + 1e-9) + 1e-16).all()
     assert (found.values[:-1] >= found.values[1:]).all()
     for j, node in enumerate(index.tolist()):
