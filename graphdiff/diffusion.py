@@ -44,7 +44,8 @@ def solve(
         solver: How; `solvers.Auto()` if None.
         tol: Relative tolerance; 1e-10 in float64, else 1e-5, if None.
         initial: First guess of y, shaped like s; s itself if None.
-        max_steps: Most steps of the solver; None for as many as theory says can help.
+        max_steps: Most steps of the solver, whose iterate is then the value; None for as many as theory says
+            can help.
         max_seconds: Time after which no further step begins; the backward has as much again. `Direct` is one
             step, and what prepares a solver is not interrupted.
         progress: Called after every step, of the backward too, with a `Progress`.
