@@ -243,6 +243,7 @@ def test_own_solver(run):
     counts = {line.split()[1]: int(line.split()[2]) for line in out.splitlines() if line.startswith("   0.9")}
     assert counts["HeavyBall"] < counts["Walk"] / 2
     assert "not converged" in out.splitlines()[-1]
+    assert "the solver stopped short" in out.splitlines()[-1]
 
 
 def test_which_mu(run, tmp_path):
