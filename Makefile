@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $(STAMP)
 
-demo: $(STAMP) ## train DifNet-18 on generated shapes, score it and draw it (about four minutes)
+demo: $(STAMP) ## train DifNet-18 on generated shapes, score it and draw it (about three minutes, after the install)
 	$(BIN)/python -m segmentation.train --overwrite
 
 test: lint ## lint, types and tests (under ten minutes on two cores)

@@ -3,16 +3,15 @@
     y = CascadedWalk(score, features)    or    y = Diffusion(score, features)
 
 The network's score is the seed; similarities come from the image and the network's own features. Networks:
-torchvision's LR-ASPP, or timm's ResNet-18 with a 1×1 convolution as its head; weights start at random. The
-data are generated, `segmentation.data.shapes`: images of 97 × 97 pixels with six classes.
+torchvision's LR-ASPP, or timm's ResNet-18 up to stage 3 with a 1×1 convolution for a head, both untrained.
+The data are generated, `segmentation.data.shapes`: images of 65 × 65 pixels with six classes.
 
-The network is trained alone; mIoU on validation images is "before". From there three copies go on for equally
-many steps: alone, with a cascade, with an exact diffusion: "after".
+First the network is trained alone. Then the new layers are, on scores and features kept from the network as
+it is; at last everything together, beside a copy without new layers. mIoU is that of validation images.
 
-    python examples/refine.py
     python examples/refine.py --network timm --steps 300 --more-steps 150
 
-Needs graphdiff[segmentation]. Takes about two minutes: far too short to judge which is best in the end.
+Needs graphdiff[segmentation]. About a minute on one core, far too short to judge what is best in the end.
 """
 
 import argparse
@@ -53,7 +52,7 @@ class TimmNet(nn.Module):
         import timm
 
         super().__init__()
-        self.backbone = timm.create_model(name, features_only=True, output_stride=8, out_indices=(1, 2, 3, 4))
+        self.backbone = timm.create_model(name, features_only=True, output_stride=8, out_indices=(1, 2, 3))
         counts = self.backbone.feature_info.channels()
         self.channels = (3, *counts)
         self.head = nn.Conv2d(counts[-1], classes, 1)
@@ -71,29 +70,28 @@ class Refined(nn.Module):
         self.network, self.refine = network, refine
 
     def forward(self, image):
-        score, features = self.network(image)
+        return self.answer(*self.network(image), image.shape[-2:])
+
+    def answer(self, score, features, size):
         y = score if self.refine is None else self.refine(score, features)
-        return nn.functional.interpolate(y, image.shape[-2:], mode="bilinear", align_corners=True)
+        return nn.functional.interpolate(y, size, mode="bilinear", align_corners=True)
 
 
-def batch(dataset, indices):
-    pairs = [normalise()(*dataset[i]) for i in indices]
-    images, labels = zip(*pairs, strict=True)
-    return torch.stack(images).as_subclass(torch.Tensor), torch.stack(labels).as_subclass(torch.Tensor)
+def batches(dataset, first, count):
+    """Batches of eight images with their labels, from image number `first` on."""
+    for start in range(first, first + 8 * count, 8):
+        pairs = [normalise()(*dataset[i]) for i in range(start, start + 8)]
+        images, labels = (torch.stack(x).as_subclass(torch.Tensor) for x in zip(*pairs, strict=True))
+        yield (images,), labels
 
 
-def train(model, dataset, steps, first, lr):
-    """`steps` batches of eight images from number `first` on; the mean loss of the last ten."""
-    new = [] if model.refine is None else list(model.refine.parameters())
-    optimizer = torch.optim.AdamW(
-        [{"params": model.network.parameters()}, {"params": new, "lr": 3 * lr}], lr=lr
-    )
+def train(rates, answer, data, steps):
+    """A step of AdamW a batch, with the first learning rate of each module; the mean loss of the last ten."""
+    optimizer = torch.optim.AdamW([{"params": part.parameters(), "lr": lr} for part, lr in rates])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    model.train()
     losses = []
-    for step in range(steps):
-        images, labels = batch(dataset, range(first + 8 * step, first + 8 * step + 8))
-        loss = nn.functional.cross_entropy(model(images), labels)
+    for inputs, labels in data:
+        loss = nn.functional.cross_entropy(answer(*inputs), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -103,13 +101,12 @@ def train(model, dataset, steps, first, lr):
 
 
 @torch.no_grad()
-def miou(model, dataset, count):
-    """Over the pixels of `count` images, in percent."""
+def miou(model, data):
+    """Over the pixels of all batches, in percent."""
     model.eval()
-    matrix = ConfusionMatrix(len(dataset.classes), torch.device("cpu"))
-    for start in range(0, count, 8):
-        images, labels = batch(dataset, range(start, min(start + 8, count)))
-        matrix.update(model(images).argmax(1), labels)
+    matrix = ConfusionMatrix(len(ShapesDataset.classes), torch.device("cpu"))
+    for inputs, labels in data:
+        matrix.update(model(*inputs).argmax(1), labels)
     return 100 * matrix.compute().miou
 
 
@@ -119,28 +116,33 @@ def main(arguments=None):
     )
     parser.add_argument("--network", choices=("torchvision", "timm"), default="torchvision")
     parser.add_argument("--steps", type=int, default=150, help="training steps of the network alone")
-    parser.add_argument("--more-steps", type=int, default=75, help="training steps of each copy")
-    parser.add_argument("--images", type=int, default=48, help="validation images, of 96")
-    parser.add_argument("--lr", type=float, default=2e-3, help="first learning rate, of AdamW")
+    parser.add_argument("--more-steps", type=int, default=60, help="steps of each copy, twice if refined")
+    parser.add_argument("--images", type=int, default=48, help="validation images, eights of 96")
+    parser.add_argument("--lr", type=float, default=2e-3, help="first learning rate of the network")
     options = parser.parse_args(arguments)
 
     torch.manual_seed(0)
-    training, validation = ShapesDataset("train"), ShapesDataset("val")
-    classes = len(training.classes)
-    network = TorchvisionNet(classes) if options.network == "torchvision" else TimmNet(classes)
+    steps, more, lr = options.steps, options.more_steps, options.lr
+    training, validation = (ShapesDataset(split, size=65) for split in ("train", "val"))
+    network = (TorchvisionNet if options.network == "torchvision" else TimmNet)(len(training.classes))
     print(f"{options.network}: {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters")
-    print("                       loss     mIoU, %   parameters more")
-    loss = train(Refined(network), training, options.steps, 0, options.lr)
-    before = miou(Refined(network), validation, options.images)
-    print(f"before             {loss:8.3f}  {before:10.2f}", flush=True)
+    print("                new layers alone      everything\n" + " " * 14 + "    loss  mIoU, %" * 2)
+    scored, model = list(batches(validation, 0, max(options.images // 8, 1))), Refined(network)
+    loss = train([(network, lr)], model, batches(training, 0, steps), steps)
+    print(f"before{'':25}{loss:8.3f} {miou(model, scored):8.2f}", flush=True)
+    data = list(batches(training, 8 * steps, more))
+    with torch.no_grad():  # `miou` has put the network into its eval mode
+        kept = [((*network(*images), labels.shape[-2:]), labels) for images, labels in data]
     features = {"feature_channels": network.channels, "embedding_channels": 32, "scale": 1 / 32**0.5}
-    cascade, exact = gd.CascadedWalk(**features), gd.Diffusion(**features)
-    for name, refine in (("alone", None), ("CascadedWalk", cascade), ("Diffusion", exact)):
-        model = Refined(copy.deepcopy(network), refine)
-        loss = train(model, training, options.more_steps, 8 * options.steps, options.lr / 2)
-        after = miou(model, validation, options.images)
-        more = 0 if refine is None else sum(p.numel() for p in refine.parameters())
-        print(f"after, {name:<12}{loss:8.3f}  {after:10.2f}   {more:15d}", flush=True)
+    for name, kind in (("alone", None), ("CascadedWalk", gd.CascadedWalk), ("Diffusion", gd.Diffusion)):
+        model = Refined(copy.deepcopy(network), kind and kind(**features))
+        rates, first = [(model.network, lr / 2)], " " * 17
+        if kind is not None:
+            loss = train([(model.refine, 5 * lr)], model.answer, kept, more)
+            first = f"{loss:8.3f} {miou(model, scored):8.2f}"
+            rates.append((model.refine, 1.5 * lr))
+        loss = train(rates, model.train(), data, more)
+        print(f"{name:<14}{first}{loss:8.3f} {miou(model, scored):8.2f}", flush=True)
 
 
 if __name__ == "__main__":

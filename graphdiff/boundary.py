@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from graphdiff import checks
-from graphdiff.diffusion import check_transition, default_tol, outward
-from graphdiff.implicit import Call, OnFailure, implicit_solve, report, spent
+from graphdiff.diffusion import check_transition, default_tol
+from graphdiff.implicit import Call, OnFailure, Outcome, concluded, ending, implicit_solve, spent
 from graphdiff.operators.base import Transition
 from graphdiff.operators.dense import DenseTransition
 from graphdiff.operators.grid import grid_walk
@@ -137,6 +137,7 @@ def harmonic(
     batch = checks.broadcast_batch(
         [P.shape[:-2], signal.shape[:-2], clamped.shape[:-1]], "P, values and mask"
     )
+    checks.some_graph(batch, "P, values and mask")
     shape = (*batch, *signal.shape[-2:])
     # Nobody reads padded nodes, nor do they read others: they stay at 0.
     signal = checks.real(signal, P.mask)
@@ -171,33 +172,13 @@ def harmonic(
     error = torch.minimum(error, torch.maximum((value.detach() - low).abs(), (value.detach() - high).abs()))
     error = torch.where(clamped & (value.detach() == given.detach()), 0.0, error)
     error_bound = error.amax(-2, keepdim=True)
-    converged = error_bound <= atol
-    limit = None if bool(converged.all()) else spent(budget, found.steps)
-    if bool(converged.all()):
-        stopped = "reached the tolerance"
-    elif limit is not None:
-        stopped = f"stopped at {limit} = {getattr(budget, limit)}"
-    else:
-        stopped = f"rounding in {str(wide).removeprefix('torch.')} allows no more"
-
-    def as_given(x: Tensor) -> Tensor:
-        return x.squeeze(-1) if values.ndim == 1 else x
-
-    solution = Solution(
-        value=as_given(value.to(P.dtype)),
-        lower=as_given(outward(torch.maximum(value.detach() - error, low), held, -torch.inf)),
-        upper=as_given(outward(torch.minimum(value.detach() + error, high), held, torch.inf)),
-        error_bound=as_given(error_bound.squeeze(-2)),
-        converged=as_given(converged.squeeze(-2)),
-        steps=as_given(found.steps),
-        matvecs=as_given(found.matvecs),
-        norm="inf",
-        solver=str(method),
-        reason=f"{why}; {found.hardness}; {stopped}",
-    )
-    what = f"graphdiff.harmonic, {method}, {stopped}"
-    report(error_bound, atol, on_failure, wide, what, limit, solution)
-    return solution
+    cast = (value.detach().to(wide) - found.u.detach()).abs()
+    rounding = (found.rounding + cast).amax(-2, keepdim=True)
+    how = ending(error_bound, atol, rounding, wide, spent(budget, found.steps))
+    lower, upper = torch.maximum(value.detach() - error, low), torch.minimum(value.detach() + error, high)
+    whole = Outcome(value, lower, upper, error_bound, atol, found.steps, found.matvecs)
+    why = f"{why}; {found.hardness}"
+    return concluded(whole, values, "inf", on_failure, call="harmonic", solver=str(method), why=why, how=how)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -330,10 +311,14 @@ class _Problem:
 
 
 class _Found(NamedTuple):
-    """u [..., N, K], differentiable, its error node by node, counts [..., K], and how hard it was."""
+    """u [..., N, K], differentiable, its error node by node, counts [..., K], and how hard it was.
+
+    `rounding` is what of the error is owed to that, [..., N, K].
+    """
 
     u: Tensor
     error: Tensor
+    rounding: Tensor
     steps: Tensor
     matvecs: Tensor
     hardness: str
@@ -342,24 +327,26 @@ class _Found(NamedTuple):
 class _Weight(NamedTuple):
     """v in (0, 1] and w ≤ A v on the free nodes, both [..., N, 1]; w > 0 where `certain` [..., 1, 1].
 
-    t is v before it was scaled.
+    t is v before it was scaled. Where w is not certain and `hidden` [..., 1, 1], rounding is to blame.
     """
 
     v: Tensor
     w: Tensor
     certain: Tensor
     t: Tensor
+    hidden: Tensor
 
     @classmethod
-    def of(cls, t: Tensor, w: Tensor, clamped: Tensor, certain: Tensor) -> "_Weight":
+    def of(cls, t: Tensor, w: Tensor, clamped: Tensor, certain: Tensor, hidden: Tensor) -> "_Weight":
         """Scaled to a largest v of 1, and rounded so that w remains a lower bound."""
         eps = torch.finfo(t.dtype).eps
         largest = torch.where(certain, t, 1.0).amax(-2, keepdim=True).clamp(min=torch.finfo(t.dtype).tiny)
         w = w / largest * (1 - 4 * eps)
         # Smaller ones are lost in 1 − w.
-        certain = certain & ((w >= 4 * eps) | clamped).all(-2, keepdim=True)
+        held = certain & ((w >= 4 * eps) | clamped).all(-2, keepdim=True)
+        certain, hidden = held, ~held & (hidden | certain)
         certain_w = torch.where(certain, w, 0.0).masked_fill(clamped, 1.0)
-        return cls(torch.where(certain, t / largest, 1.0), certain_w, certain, t)
+        return cls(torch.where(certain, t / largest, 1.0), certain_w, certain, t, hidden)
 
     def mu(self) -> Tensor:
         """µ in [1/2, 1) with 1 − µ ≤ w."""
@@ -428,10 +415,14 @@ def _solve(call: Call, problem: _Problem, given: Tensor, guess: Tensor, atol: Te
     eps = torch.finfo(u.dtype).eps
     corrected = u + free * answer.x
     certified = torch.where(weight.certain, answer.error_bound, torch.inf)
-    error = (1 + 8 * eps) * (weight.v * certified + rounded) + eps * corrected.detach().abs()
+    cast = eps * corrected.detach().abs()
+    error = (1 + 8 * eps) * (weight.v * certified + rounded) + cast
+    hidden = torch.where(weight.hidden, torch.inf, 0.0)
+    hidden = torch.where(weight.certain, weight.v * answer.rounding + rounded + cast, hidden)
     return _Found(
         corrected,
         torch.where(clamped, 0.0, error),
+        torch.where(clamped, 0.0, hidden),
         spent.steps + steps + answer.steps,
         spent.matvecs + matvecs + answer.matvecs,
         weight.told(),
@@ -458,9 +449,11 @@ def _weigh(
         defect, slack = problem.defect(t)
         w = -defect - slack
         certain = ((w > 0) & t.isfinite() | clamped).all(-2, keepdim=True)
+        # A solver that kept to its target would have been enough where no more than this is hidden.
+        hidden = (slack >= (1 - COARSE) * aim).masked_fill(clamped, False).any(-2, keepdim=True)
         if bool(certain.all()) or spent(call.budget, steps) is not None:
             break
-    return _Weight.of(t, w, clamped, certain), Iterate(t, steps, matvecs), state
+    return _Weight.of(t, w, clamped, certain, hidden), Iterate(t, steps, matvecs), state
 
 
 def _prepared(solver: Solver, operator: Transition, mu: Tensor, earlier: Any) -> Any:

@@ -5,7 +5,7 @@ Every message says what was given, what is allowed and what to do. The checks st
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ def shape_text(x: Tensor) -> str:
 def floating(x: object, name: str) -> Tensor:
     """`x`, if it is a real floating-point tensor."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}; use torch.as_tensor")
+        what = f"take one of {list(x)}" if isinstance(x, Mapping) else "use torch.as_tensor"
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}; {what}")
     if x.dtype not in FLOATS:
         raise TypeError(
             f"{name}: expected a real floating-point tensor, got {x.dtype}; convert it with {name}.float()"
@@ -70,6 +71,25 @@ def nonnegative(x: Tensor, name: str) -> None:
         )
 
 
+def listed(features: object) -> None:
+    """`features` is a list or tuple, as networks that return maps by name do not make it."""
+    if isinstance(features, (list, tuple)):
+        return
+    given = type(features).__name__
+    what = "list(features.values())" if isinstance(features, Mapping) else "[features]"
+    raise TypeError(f"features: expected a list of tensors or of transitions, got {given}; give {what}")
+
+
+def channel_counts(feature_channels: object) -> list[int]:
+    """How many channels each feature has."""
+    if not isinstance(feature_channels, Iterable) or isinstance(feature_channels, str):
+        raise TypeError(
+            "feature_channels: expected a list of numbers, one for each feature, got "
+            f"{feature_channels!r}; give [{feature_channels!r}] for one"
+        )
+    return [positive_integer(c, "feature_channels") for c in feature_channels]
+
+
 def node_mask(mask: object, shape: Sequence[int], device: torch.device) -> Tensor:
     """`mask`, if it says of every node of such a shape [..., N] whether it is real."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -101,7 +121,7 @@ def signal(s: object, nodes: int, name: str = "s") -> Tensor:
     given = shape_text(s)
     if s.ndim == 1:
         s = s.unsqueeze(-1)
-    if s.ndim == 0 or s.numel() == 0 or s.shape[-2] != nodes:
+    if s.ndim == 0 or s.shape[-1] == 0 or s.shape[-2] != nodes:
         raise ValueError(
             f"{name}: expected shape [..., N, K] or [N] with N = {nodes} nodes and K ≥ 1, got {given}"
         )
@@ -115,6 +135,14 @@ def broadcast_batch(shapes: Sequence[torch.Size], names: str) -> torch.Size:
     except RuntimeError:
         given = " and ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{names}: expected leading dimensions that broadcast, got {given}") from None
+
+
+def some_graph(batch: torch.Size, names: str) -> None:
+    """A leading shape with at least one graph in it."""
+    if 0 in batch:
+        raise ValueError(
+            f"{names}: expected at least one graph, got leading dimensions {list(batch)}; leave the call out"
+        )
 
 
 def mu(value: float | Tensor, signal_shape: torch.Size, device: torch.device) -> Tensor:

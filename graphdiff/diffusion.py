@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from graphdiff import checks
-from graphdiff.implicit import Call, OnFailure, implicit_solve, report, spent
+from graphdiff.implicit import Call, Ending, OnFailure, Outcome, concluded, ending, implicit_solve, spent
 from graphdiff.operators.base import Transition
-from graphdiff.solution import Progress, Solution
+from graphdiff.solution import Norm, Progress, Solution
 from graphdiff.solvers.auto import Auto, chosen
 from graphdiff.solvers.base import Budget, Solver, norm_of, size
 from graphdiff.solvers.shifted import Shifted
@@ -44,7 +44,8 @@ def solve(
         solver: How; `solvers.Auto()` if None.
         tol: Relative tolerance; 1e-10 in float64, else 1e-5, if None.
         initial: First guess of y, shaped like s; s itself if None.
-        max_steps: Most steps of the solver; None for as many as theory says can help.
+        max_steps: Most steps of the solver, whose iterate is then the value; None for as many as theory says
+            can help.
         max_seconds: Time after which no further step begins; the backward has as much again. `Direct` is one
             step, and what prepares a solver is not interrupted.
         progress: Called after every step, of the backward too, with a `Progress`.
@@ -144,6 +145,9 @@ def solve_scaled(
                 f"initial: expected shape {list(shape)} like s, got {checks.shape_text(initial)}"
             )
 
+    norm = norm_of(P)
+    if 0 in batch:
+        return _solve_none(P, s, signal.expand(shape), mu, norm)
     if P.restarts:
         return _solve_restarting(
             P,
@@ -162,7 +166,6 @@ def solve_scaled(
     operator = P.to(torch.float32) if P.dtype in (torch.float16, torch.bfloat16) else P
     wide = torch.float32 if P.device.type == "mps" else torch.float64
     seed, mu = signal.to(wide).expand(shape), mu.to(wide)
-    norm = norm_of(P)
     atol = tol * size(seed.detach(), norm)
     start = (seed if initial is None else initial.to(wide).expand(shape)).detach()
     target, extra, largest = atol, torch.zeros_like(atol), torch.ones_like(atol)
@@ -193,34 +196,21 @@ def solve_scaled(
         bound = torch.where(missed, torch.minimum(bound, size(error, norm)), bound)
         lower = torch.where(missed, torch.maximum(lower, y.detach() - error), lower)
         upper = torch.where(missed, torch.minimum(upper, y.detach() + error), upper)
-    error_bound = bound + cast
-    converged = error_bound <= atol
-    limit = None if bool(converged.all()) else spent(budget, answer.steps)
-    if bool(converged.all()):
-        stopped = "reached the tolerance"
-    elif limit is not None:
-        stopped = f"stopped at {limit} = {getattr(budget, limit)}"
-    else:
-        stopped = f"rounding in {str(operator.dtype).removeprefix('torch.')} allows no more"
+    error_bound, rounding = bound + cast, largest * (answer.rounding + extra) + cast
+    how = ending(error_bound, atol, rounding, operator.dtype, spent(budget, answer.steps))
+    found = Outcome(value, lower, upper, error_bound, atol, answer.steps, matvecs)
+    return concluded(found, s, norm, on_failure, call="solve", solver=str(method), why=why, how=how)
 
-    def as_given(x: Tensor) -> Tensor:
-        return x.squeeze(-1) if s.ndim == 1 else x
 
-    solution = Solution(
-        value=as_given(value.to(s.dtype)),
-        lower=as_given(outward(lower, operator.dtype, -torch.inf)),
-        upper=as_given(outward(upper, operator.dtype, torch.inf)),
-        error_bound=as_given(error_bound.squeeze(-2)),
-        converged=as_given(converged.squeeze(-2)),
-        steps=as_given(answer.steps),
-        matvecs=as_given(matvecs),
-        norm=norm,
-        solver=str(method),
-        reason=f"{why}; {stopped}",
-    )
-    what = f"graphdiff.solve, {method}, {stopped}"
-    report(error_bound, atol, on_failure, operator.dtype, what, limit, solution)
-    return solution
+def _solve_none(P: Transition, s: Tensor, signal: Tensor, mu: Tensor, norm: Norm) -> Solution:
+    """The answer to no right-hand side: of the right shape, and a function of the same tensors."""
+    y = (1 - mu).to(s.dtype) * signal
+    if not P.restarts:
+        y = y + mu.to(s.dtype) * P.matmul(signal)
+    nothing, counts = signal.detach()[..., :1, :], signal.new_empty(y[..., 0, :].shape, dtype=torch.int64)
+    found = Outcome(y, y.detach(), y.detach(), nothing, nothing, counts, counts)
+    how = Ending("the batch is empty", "")
+    return concluded(found, s, norm, "ignore", call="solve", solver="none", why="nothing to solve", how=how)
 
 
 def _solve_restarting(
@@ -375,12 +365,3 @@ def check_transition(P: object) -> None:
 def default_tol(dtype: torch.dtype) -> float:
     """The tolerance of a call that names none."""
     return 1e-10 if dtype == torch.float64 else 1e-5
-
-
-def outward(bound: Tensor, dtype: torch.dtype, direction: float) -> Tensor:
-    """A bound in another dtype, rounded so that it remains one."""
-    if bound.dtype == dtype:
-        return bound
-    cast = bound.to(dtype)
-    inside = cast.to(bound.dtype) > bound if direction < 0 else cast.to(bound.dtype) < bound
-    return torch.where(inside, torch.nextafter(cast, torch.full_like(cast, direction)), cast)

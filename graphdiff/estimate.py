@@ -77,6 +77,7 @@ def estimate(P: Transition, mu: float | Tensor, tol: float | None = None) -> Est
         )
     if P.restarts:
         raise ValueError(f"P: {P} restarts at a signal; bind one with P.restarting_at(distribution)")
+    checks.some_graph(P.shape[:-2], "P")
     P = P.T if P.stochastic == "columns" else P
     P = P.to(torch.float32) if P.dtype.itemsize < 4 else P
     tol = (1e-10 if P.dtype == torch.float64 else 1e-5) if tol is None else checks.positive_number(tol, "tol")

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from graphdiff import checks
-from graphdiff.diffusion import check_transition, default_tol, outward
-from graphdiff.implicit import OnFailure, report
+from graphdiff.diffusion import check_transition, default_tol
+from graphdiff.implicit import OnFailure, Outcome, Spent, concluded, ending
 from graphdiff.operators.base import Transition
 from graphdiff.solution import Solution
 from graphdiff.solvers.base import norm_of, size
@@ -87,6 +87,7 @@ def heat_kernel(
         checks.positive_integer(max_steps, "max_steps")
     t = checks.time(t, problem.seed.shape, P.device).to(problem.wide)
     batch = checks.broadcast_batch([P.shape[:-2], problem.seed.shape[:-2], t.shape[:-2]], "P, s and t")
+    checks.some_graph(batch, "P, s and t")
     problem = problem.expanded(batch)
     best = _Best(problem, problem.size)
     times, differentiable = t.detach(), _differentiable(problem, t)
@@ -124,15 +125,12 @@ def heat_kernel(
 
     limit = None
     if not bool(best.converged.all()) and max_steps is not None and int(best.steps.max()) >= max_steps:
-        limit = "max_steps"
+        limit = Spent("max_steps", max_steps)
     why = f"at most about {int(torch.where(fewer, polynomials, powers).max())} products"
     if bool(fewer.any()):
         why = f"reversible: {why}, by powers {int(torch.where(fewer, powers, 0).max())}"
     solver = "Chebyshev sum" if bool(fewer.any()) else "Poisson sum"
-    stopped = _stopped(best, f"stopped at max_steps = {max_steps}" if limit else None)
-    return _solution(
-        problem, best, s, solver, f"{why}; {stopped}", "graphdiff.heat_kernel", on_failure, limit
-    )
+    return _solution(problem, best, s, solver, why, "heat_kernel", on_failure, limit)
 
 
 def polynomial(
@@ -190,7 +188,9 @@ def polynomial(
     if basis not in _SUMS:
         raise ValueError(f'basis: expected "monomial", "chebyshev" or "bernstein", got {basis!r}')
     c = checks.coefficients(coefficients, problem.seed.shape[-1], P.device).to(problem.wide).unsqueeze(1)
-    problem = problem.expanded(checks.broadcast_batch([P.shape[:-2], problem.seed.shape[:-2]], "P and s"))
+    batch = checks.broadcast_batch([P.shape[:-2], problem.seed.shape[:-2]], "P and s")
+    checks.some_graph(batch, "P and s")
+    problem = problem.expanded(batch)
     best = _Best(problem, c.detach().abs().sum(0) * problem.size)
     pending = best.bound > 0
     for dtype in dict.fromkeys((problem.operator.dtype, problem.wide)):
@@ -200,8 +200,8 @@ def polynomial(
         if bool(able.any()):
             best.take(_SUMS[basis](problem, operator, c), able)
         pending = pending & ~best.converged
-    reason = f"degree {len(c) - 1}; {_stopped(best, None)}"
-    return _solution(problem, best, s, f"{basis} sum", reason, "graphdiff.polynomial", on_failure, None)
+    why = f"degree {len(c) - 1}"
+    return _solution(problem, best, s, f"{basis} sum", why, "polynomial", on_failure, None)
 
 
 # --- What both have in common.
@@ -303,44 +303,24 @@ class _Best:
         self.steps = torch.where(better, found.steps, self.steps)
 
 
-def _stopped(best: _Best, early: str | None) -> str:
-    if bool(best.converged.all()):
-        return "reached the tolerance"
-    dtype = str(best.problem.operator.dtype).removeprefix("torch.")
-    return early or f"rounding in {dtype} allows no more"
-
-
 def _solution(
     problem: _Problem,
     best: _Best,
     s: Tensor,
     solver: str,
-    reason: str,
-    what: str,
+    why: str,
+    call: str,
     on_failure: OnFailure,
-    limit: str | None,
+    limit: Spent | None,
 ) -> Solution:
     """The answer as it was asked for; warns or raises where it is not good enough."""
-    dtype, y, bound = problem.operator.dtype, best.y.detach(), best.full_bound
-
-    def as_given(x: Tensor) -> Tensor:
-        return x.squeeze(-1) if s.ndim == 1 else x
-
-    solution = Solution(
-        value=as_given(best.y.to(dtype).to(s.dtype)),
-        lower=as_given(outward(y - best.bound, dtype, -torch.inf)),
-        upper=as_given(outward(y + best.bound, dtype, torch.inf)),
-        error_bound=as_given(bound.squeeze(-2)),
-        converged=as_given(best.converged.squeeze(-2)),
-        steps=as_given(best.steps.squeeze(-2)),
-        matvecs=as_given(best.products.squeeze(-2)),
-        norm=problem.norm,
-        solver=solver,
-        reason=reason,
-    )
-    told = f"{what}, {solver}, {reason.split('; ')[-1]}"
-    report(bound, best.atol, on_failure, dtype, told, limit, solution)
-    return solution
+    y, bound = best.y.detach(), best.full_bound
+    # A sum of all its terms misses nothing else.
+    how = ending(bound, best.atol, bound, problem.operator.dtype, limit)
+    steps, products = best.steps.squeeze(-2), best.products.squeeze(-2)
+    value = best.y.to(problem.operator.dtype)
+    found = Outcome(value, y - best.bound, y + best.bound, bound, best.atol, steps, products)
+    return concluded(found, s, problem.norm, on_failure, call=call, solver=solver, why=why, how=how)
 
 
 # --- The heat kernel by powers of P.

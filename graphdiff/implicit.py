@@ -11,16 +11,18 @@ So the backward is the same operation on Pᵀ, differentiable again, and holds n
 import sys
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from graphdiff.operators.base import Transition
-from graphdiff.solution import ConvergenceError, ConvergenceWarning, Solution
+from graphdiff.solution import ConvergenceError, ConvergenceWarning, Norm, Solution
 from graphdiff.solvers.base import Budget, Certified, Solver, norm_of, size, solve_certified
 
 OnFailure = Literal["warn", "raise", "ignore"]
+# How many times a bound may be its own rounding before more than rounding must be to blame.
+HIDDEN = 10.0
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ def gradients(
     atol = call.tol * size(g.detach(), norm_of(adjoint.operator)) / remaining
     b = mu * g
     v = implicit_solve(adjoint, b, mu, initial=(b / (1 - mu)).detach(), atol=atol.detach())
-    what, dtype = "graphdiff, gradient of a solve", call.operator.dtype
-    report(v.error_bound, atol, call.on_failure, dtype, what, spent(budget, v.steps))
+    how = ending(v.error_bound, atol, v.rounding, call.operator.dtype, spent(budget, v.steps))
+    report(v.error_bound, atol, call.on_failure, "graphdiff, gradient of a solve", how.advice)
     g_rhs = g + _product(adjoint.operator, v.x, call.tol)
 
     g_mu: Tensor | None = None
@@ -119,33 +121,121 @@ def _product(operator: Transition, v: Tensor, tol: float) -> Tensor:
     return narrow if bool(enough.all()) else torch.where(enough, narrow, operator.to(v.dtype).matmul(v))
 
 
-def spent(budget: Budget, steps: Tensor) -> str | None:
+class Spent(NamedTuple):
+    """A limit that ended a solve, and what it was."""
+
+    limit: str
+    most: float | None
+
+
+def spent(budget: Budget, steps: Tensor) -> Spent | None:
     """The limit that ended a solve after so many steps, if one did."""
     if budget.timed_out:
-        return "max_seconds"
-    return "max_steps" if budget.max_steps is not None and int(steps.max()) >= budget.max_steps else None
+        return Spent("max_seconds", budget.max_seconds)
+    if budget.max_steps is not None and int(steps.max()) >= budget.max_steps:
+        return Spent("max_steps", budget.max_steps)
+    return None
+
+
+class Ending(NamedTuple):
+    """Why a solve ended, and what to do where that is too early."""
+
+    told: str
+    advice: str
+
+
+def ending(
+    error_bound: Tensor, atol: Tensor, rounding: Tensor, dtype: torch.dtype, limit: Spent | None
+) -> Ending:
+    """What ended a solve in `dtype`; `rounding` is how much of the bounds is owed to that."""
+    missed = ~(error_bound <= atol)
+    if not bool(missed.any()):
+        return Ending("reached the tolerance", "")
+    if limit is not None:
+        return Ending(f"stopped at {limit.limit} = {limit.most}", f"raise {limit.limit} or loosen tol")
+    name = str(dtype).removeprefix("torch.")
+    if bool((missed & ~(error_bound <= HIDDEN * rounding)).any()):
+        told = f"the solver stopped short of the tolerance, above what rounding in {name} hides"
+        return Ending(told, "try another solver or loosen tol")
+    wider = "" if dtype == error_bound.dtype else " or use float64"
+    return Ending(f"rounding in {name} allows no more", f"loosen tol{wider}")
+
+
+class Outcome(NamedTuple):
+    """A value and its evidence in the best precision at hand, whatever found it.
+
+    value, lower and upper are [..., N, K], the bound and what was allowed [..., 1, K], counts [..., K].
+    """
+
+    value: Tensor
+    lower: Tensor
+    upper: Tensor
+    error_bound: Tensor
+    atol: Tensor
+    steps: Tensor
+    matvecs: Tensor
+
+
+def concluded(
+    found: Outcome,
+    s: Tensor,
+    norm: Norm,
+    on_failure: OnFailure,
+    *,
+    call: str,
+    solver: str,
+    why: str,
+    how: Ending,
+) -> Solution:
+    """The `Solution` of a public call for a signal s as it was given; warns or raises where one is due.
+
+    The bound counts the cast to the dtype of s, or to float32 where that is half precision. `why` is why this
+    solver, `how` how it ended.
+    """
+
+    def as_given(x: Tensor) -> Tensor:
+        return x.squeeze(-1) if s.ndim == 1 else x
+
+    held = torch.promote_types(s.dtype, torch.float32)
+    solution = Solution(
+        value=as_given(found.value.to(s.dtype)),
+        lower=as_given(_outward(found.lower, held, -torch.inf)),
+        upper=as_given(_outward(found.upper, held, torch.inf)),
+        error_bound=as_given(found.error_bound.squeeze(-2)),
+        converged=as_given((found.error_bound <= found.atol).squeeze(-2)),
+        steps=as_given(found.steps),
+        matvecs=as_given(found.matvecs),
+        norm=norm,
+        solver=solver,
+        reason=f"{why}; {how.told}",
+    )
+    what = f"graphdiff.{call}, {solver}, {how.told}"
+    report(found.error_bound, found.atol, on_failure, what, how.advice, solution)
+    return solution
+
+
+def _outward(bound: Tensor, dtype: torch.dtype, direction: float) -> Tensor:
+    """A bound in another dtype, rounded so that it remains one."""
+    if bound.dtype == dtype:
+        return bound
+    cast = bound.to(dtype)
+    inside = cast.to(bound.dtype) > bound if direction < 0 else cast.to(bound.dtype) < bound
+    return torch.where(inside, torch.nextafter(cast, torch.full_like(cast, direction)), cast)
 
 
 def report(
     error_bound: Tensor,
     atol: Tensor,
     on_failure: OnFailure,
-    dtype: torch.dtype,
     what: str,
-    limit: str | None = None,
+    advice: str,
     solution: Solution | None = None,
 ) -> None:
-    """Warn or raise where a bound missed its target; `limit` is what was spent, if anything was."""
+    """Warn or raise where a bound missed its target."""
     missed = ~(error_bound <= atol)
     if on_failure == "ignore" or not bool(missed.any()):
         return
     worst = int(torch.where(missed, error_bound / atol, 0.0).nan_to_num(torch.inf).argmax())
-    if limit is not None:
-        advice = f"raise {limit} or loosen tol"
-    elif dtype == error_bound.dtype:
-        advice = "loosen tol"
-    else:
-        advice = "loosen tol or use float64"
     message = (
         f"{what}: the error is known to be at most {float(error_bound.flatten()[worst]):.2e} where "
         f"{float(atol.flatten()[worst]):.2e} was asked for ({int(missed.sum())} of {missed.numel()} "

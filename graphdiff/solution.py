@@ -51,7 +51,8 @@ class Solution:
         matvecs: Products with P, those of the certificate included, shape [..., K].
         norm: "inf" for a row-stochastic P, "one" for its transpose.
         solver: The solver that gave the answer.
-        reason: Why this solver, and why it stopped.
+        reason: Why this solver, and why it stopped: at the tolerance, at a limit, at rounding, or short of
+            what rounding allows.
     """
 
     value: Tensor
@@ -66,6 +67,8 @@ class Solution:
     reason: str
 
     def __repr__(self) -> str:
+        if self.error_bound.numel() == 0:
+            return f"Solution({list(self.value.shape)} {str(self.value.dtype).removeprefix('torch.')}, empty)"
         told = "converged" if bool(self.converged.all()) else "NOT converged"
         return (
             f"Solution({list(self.value.shape)} {str(self.value.dtype).removeprefix('torch.')}, {told}, "

@@ -37,11 +37,14 @@ class TopK:
     """The k nodes of largest y, largest first, and what is certain about them.
 
     y = (1 − µ)(I − µPᵀ)⁻¹ e_source belongs to the exact P and µ of the given input values; `lower`, `upper`,
-    `gap` and `certified` count the rounding of the arithmetic. Nothing here carries gradients.
+    `gap` and `certified` count the rounding of the arithmetic. `tol` is a promise of ranks, not of values: a
+    rank may be certain long before its y is known well, and `error_bound` says how well that is. Nothing here
+    carries gradients.
 
     Attributes:
         indices: Node numbers, [k] or [sources, k]; −1 where fewer than k nodes can be reached.
-        values: y of these nodes, float64, shaped like `indices`.
+        values: y of these nodes as far as it is known, the middle of its bounds, float64, shaped like
+            `indices`.
         lower: Lower bounds of y.
         upper: Upper bounds of y.
         certified: Whether no other node can have this rank.
@@ -60,6 +63,12 @@ class TopK:
     converged: Tensor
     work: Tensor
     reason: str
+
+    @property
+    def error_bound(self) -> Tensor:
+        """How far `values` may be from y, shaped like them."""
+        width = torch.maximum(self.upper - self.values, self.values - self.lower)
+        return torch.where(width > 0, torch.nextafter(width, torch.full_like(width, torch.inf)), 0.0)
 
     def __repr__(self) -> str:
         told = "converged" if bool(self.converged.all()) else "NOT converged"
@@ -147,7 +156,8 @@ def top_k(
         source: Node number; a list or a 1-d tensor of them makes one query each.
         k: How many ranks.
         mu: Probability to go on, in [0, 1): a number or a 0-d tensor.
-        tol: Two nodes whose y differ by less may change places: ties are never decided.
+        tol: Two nodes whose y differ by less may change places: ties are never decided. It says nothing of
+            `values`.
         max_work: Most edges to go along for a query, about; None for as many as it takes.
         on_failure: What to do where `tol` cannot be reached: "warn", "raise" or "ignore".
 
@@ -170,6 +180,8 @@ def top_k(
         >>> nearest = gd.top_k(P, source=1, k=3, mu=0.5)
         >>> nearest.indices, nearest.certified
         (tensor([1, 2, 0]), tensor([True, True, True]))
+        >>> bool((nearest.values - nearest.lower <= nearest.error_bound).all())
+        True
     """
     _check_walk(P)
     sources = _sources(source, P.shape[-1])

@@ -243,6 +243,7 @@ def test_own_solver(run):
     counts = {line.split()[1]: int(line.split()[2]) for line in out.splitlines() if line.startswith("   0.9")}
     assert counts["HeavyBall"] < counts["Walk"] / 2
     assert "not converged" in out.splitlines()[-1]
+    assert "the solver stopped short" in out.splitlines()[-1]
 
 
 def test_which_mu(run, tmp_path):
@@ -258,14 +259,21 @@ def test_which_mu(run, tmp_path):
 
 @pytest.mark.parametrize("network", ["torchvision", "timm"])
 def test_refine(run, network):
-    out = run("refine", "--network", network, "--steps", 2, "--more-steps", 2, "--images", 4)
-    rows = [line for line in out.splitlines() if line.startswith(("before", "after"))]
-    assert len(rows) == 4
-    assert all(0 < float(line.split()[-2 if line.startswith("after") else -1]) < 100 for line in rows)
+    out = run("refine", "--network", network, "--steps", 2, "--more-steps", 2, "--images", 8)
+    scores = refined(out)
+    assert [len(row) for row in scores.values()] == [1, 1, 2, 2]
+    assert all(0 < x < 100 for row in scores.values() for x in row)
+
+
+def refined(out):
+    """mIoU of each row of refine.py: of the new layers alone, where there are any, and of everything."""
+    rows = {line.split()[0]: re.findall(r"\d+\.\d\d(?!\d)", line) for line in out.splitlines()[3:]}
+    assert list(rows) == ["before", "alone", "CascadedWalk", "Diffusion"]
+    return {name: [float(x) for x in row] for name, row in rows.items()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"ppnp"}))
+@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"ppnp", "refine"}))
 def test_at_full_size(run, name):
     assert run(name)
 
@@ -280,5 +288,9 @@ def test_ppnp_at_full_size(run, cora):
 
 
 @pytest.mark.slow
-def test_refine_timm_at_full_size(run):
-    assert run("refine", "--network", "timm")
+@pytest.mark.parametrize("network", ["torchvision", "timm"])
+def test_refine_at_full_size(run, network):
+    scores = refined(run("refine", "--network", network))
+    before = scores.pop("before")[0]
+    assert before > 20  # all ground would be some 12
+    assert all(row[-1] > before + 2 for row in scores.values())

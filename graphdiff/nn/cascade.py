@@ -147,7 +147,7 @@ class CascadedWalk(nn.Module):
     ) -> None:
         super().__init__()
         count = _count(feature_channels, steps)
-        channels = [] if feature_channels is None else list(feature_channels)
+        channels = [] if feature_channels is None else checks.channel_counts(feature_channels)
         self.embeddings = nn.ModuleList(
             FeatureEmbedding(c, embedding_channels, init_gain=init_gain, scale=scale) for c in channels
         )
@@ -335,6 +335,7 @@ class CascadedWalk(nn.Module):
         return self.transitions(features, grid_of(seed, features), mask=mask)  # type: ignore[arg-type]
 
     def _check_count(self, features: Sequence[object]) -> None:
+        checks.listed(features)
         if len(features) != len(self.steps):
             raise ValueError(f"features: expected {len(self.steps)}, one per walk, got {len(features)}")
 
@@ -345,7 +346,7 @@ class CascadedWalk(nn.Module):
 def _count(feature_channels: Sequence[int] | None, steps: int | None) -> int:
     """T."""
     if feature_channels is not None and steps is None:
-        return checks.positive_integer(len(feature_channels), "number of walks")
+        return checks.positive_integer(len(checks.channel_counts(feature_channels)), "number of walks")
     if feature_channels is None and steps is not None:
         return checks.positive_integer(steps, "number of walks")
     raise ValueError(

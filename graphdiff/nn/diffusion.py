@@ -65,7 +65,7 @@ class Diffusion(nn.Module):
         scale: float = 1.0,
     ) -> None:
         super().__init__()
-        channels = [] if feature_channels is None else list(feature_channels)
+        channels = [] if feature_channels is None else checks.channel_counts(feature_channels)
         if feature_channels is not None:
             checks.positive_integer(len(channels), "number of features")
         self.embeddings = nn.ModuleList(
@@ -109,6 +109,7 @@ class Diffusion(nn.Module):
             raise ValueError(
                 "features: this layer was made without feature_channels, so give it a transition"
             )
+        checks.listed(features)
         if len(features) != len(self.embeddings):
             raise ValueError(f"features: expected {len(self.embeddings)}, got {len(features)}")
         walks = embed_all(self.embeddings, features, grid, mask)
@@ -173,6 +174,7 @@ class Diffusion(nn.Module):
             y = padding.unpad(self(padded, nodes, mask=padding.mask))
             return (y, [y]) if return_walks else y
         s = signal_of(seed)
+        checks.listed(features)
         if isinstance(features[0], Transition):
             check_no_mask(mask)
             if len(features) != 1:

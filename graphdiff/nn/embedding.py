@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -59,10 +60,14 @@ class FeatureEmbedding(nn.Module):
             A transition on h·w nodes in row-major order, or on N; ψ is in float32 at least.
 
         Raises:
-            TypeError: `mask` is not of bool.
+            TypeError: `features` are not of the dtype of the weights, outside autocast, or `mask` is not of
+                bool.
             ValueError: `features` has another number of dimensions or channels, or `mask` another shape.
         """
         channels = self.conv.in_channels
+        checks.floating(features, "features")
+        if not torch.is_autocast_enabled(features.device.type):
+            checks.same_dtype(features, "features", self.conv.weight.dtype, "the weights of the embedding")
         if mask is not None:
             if features.ndim != 3 or features.shape[2] != channels:
                 raise ValueError(

@@ -12,9 +12,9 @@ from graphdiff.operators.base import Transition
 def signal_of(seed: Tensor) -> Tensor:
     """A map [B, K, h, w] or node values [B, N, K] as [B, N, K], in float32 at least."""
     checks.floating(seed, "seed")
-    if seed.ndim not in (3, 4) or seed.numel() == 0:
+    if seed.ndim not in (3, 4) or 0 in seed.shape[1:]:
         raise ValueError(
-            "seed: expected a map [B, K, h, w] or node values [B, N, K], not empty, got "
+            "seed: expected a map [B, K, h, w] or node values [B, N, K], of which only B may be 0, got "
             f"{checks.shape_text(seed)}"
         )
     s = seed.flatten(2).mT if seed.ndim == 4 else seed

@@ -45,8 +45,8 @@ class AttentionTransition(Transition):
 
     Raises:
         TypeError: `psi` is not a floating-point tensor, or `mask` not of bool.
-        ValueError: `psi` has fewer than two dimensions or is empty, `scale` is not positive, or `mask` has
-            another shape.
+        ValueError: `psi` has fewer than two dimensions, no node or no feature, `scale` is not positive, or
+            `mask` has another shape.
 
     Example:
         >>> import torch, graphdiff as gd
@@ -67,8 +67,10 @@ class AttentionTransition(Transition):
 
     def __post_init__(self) -> None:
         psi = checks.floating(self.psi, "psi")
-        if psi.ndim < 2 or psi.numel() == 0:
-            raise ValueError(f"psi: expected shape [..., N, d], not empty, got {checks.shape_text(psi)}")
+        if psi.ndim < 2 or 0 in psi.shape[-2:]:
+            raise ValueError(
+                f"psi: expected shape [..., N, d] with N ≥ 1 and d ≥ 1, got {checks.shape_text(psi)}"
+            )
         checks.positive_number(self.scale, "scale")
         if self.mask is not None:
             checks.node_mask(self.mask, psi.shape[:-1], psi.device)
@@ -129,7 +131,7 @@ class AttentionTransition(Transition):
     def held(self) -> Transition:
         """With its matrix beside it, where that fits."""
         psi, nodes = self._features().detach(), self.shape[-1]
-        if not HeldTransition.fits(self.shape, psi.dtype):
+        if 0 in self.shape or not HeldTransition.fits(self.shape, psi.dtype):
             return self
         batch, flat = _flattened(psi, self._weight())
         P, lse = _each(functools.partial(strips.matrix, width=whole_lines(nodes, psi.dtype)), *flat)
@@ -223,7 +225,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 # --- The operations and their derivatives, each one operator of torch's, so that torch.compile need not look
-# in. Graph by graph: so a graph of a batch has the bits that it has alone.
+# in. Graph by graph: so a graph of a batch has the bits that it has alone. Of no graph at all they are what
+# torch.compile is told of their shapes.
 
 
 def _each(kernel: Callable[..., tuple[Tensor, ...]], *arguments: Tensor) -> tuple[Tensor, ...]:
@@ -243,40 +246,52 @@ def _as_alone(x: Tensor) -> Tensor:
     )
 
 
+def _attention_shapes(psi: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), y.new_empty(y.shape[:-1])
+
+
 @torch.library.custom_op("graphdiff::attention", mutates_args=())
 def _attention(psi: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    if len(psi) == 0:
+        return _attention_shapes(psi, weight, y)
     value, lse = _each(strips.forward, psi, weight, y)
     return value, lse
 
 
-@_attention.register_fake
-def _(psi: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape), y.new_empty(y.shape[:-1])
+_attention.register_fake(_attention_shapes)
+
+
+def _attention_transposed_shape(psi: Tensor, weight: Tensor, lse: Tensor, v: Tensor) -> Tensor:
+    return v.new_empty(v.shape)
 
 
 @torch.library.custom_op("graphdiff::attention_transposed", mutates_args=())
 def _attention_transposed(psi: Tensor, weight: Tensor, lse: Tensor, v: Tensor) -> Tensor:
+    if len(psi) == 0:
+        return _attention_transposed_shape(psi, weight, lse, v)
     return _each(strips.transposed, psi, weight, lse, v)[0]
 
 
-@_attention_transposed.register_fake
-def _(psi: Tensor, weight: Tensor, lse: Tensor, v: Tensor) -> Tensor:
-    return v.new_empty(v.shape)
+_attention_transposed.register_fake(_attention_transposed_shape)
+
+
+def _attention_backward_shapes(
+    psi: Tensor, weight: Tensor, y: Tensor, value: Tensor, lse: Tensor, g_value: Tensor, g_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    return psi.new_empty(psi.shape), y.new_empty(y.shape)
 
 
 @torch.library.custom_op("graphdiff::attention_backward", mutates_args=())
 def _attention_backward(
     psi: Tensor, weight: Tensor, y: Tensor, value: Tensor, lse: Tensor, g_value: Tensor, g_lse: Tensor
 ) -> tuple[Tensor, Tensor]:
+    if len(psi) == 0:
+        return _attention_backward_shapes(psi, weight, y, value, lse, g_value, g_lse)
     g_psi, g_y = _each(strips.backward, psi, weight, y, value, lse, g_value, g_lse)
     return g_psi, g_y
 
 
-@_attention_backward.register_fake
-def _(
-    psi: Tensor, weight: Tensor, y: Tensor, value: Tensor, lse: Tensor, g_value: Tensor, g_lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    return psi.new_empty(psi.shape), y.new_empty(y.shape)
+_attention_backward.register_fake(_attention_backward_shapes)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -328,7 +343,7 @@ def _differentiable_backward(
 ) -> tuple[Tensor, Tensor]:
     """∂ψ and ∂y, a block of rows at a time, each computed again rather than kept: no N×N matrix either."""
     h = g_lse - (g_value * value).sum(-1)
-    block = max(1, strips.DEVICE_ELEMENTS // (psi.shape[0] * psi.shape[1]))
+    block = max(1, strips.DEVICE_ELEMENTS // max(psi.shape[0] * psi.shape[1], 1))
     g_rows, g_psi, g_y = [], torch.zeros_like(psi), torch.zeros_like(y)
     for start in range(0, psi.shape[1], block):
         these = slice(start, start + block)

@@ -164,8 +164,12 @@ def product(P: Tensor, y: Tensor) -> Tensor:
     y = pad(y, (0, surplus, 0, P.shape[-1] - nodes))
     batch = checks.broadcast_batch([P.shape[:-2], y.shape[:-2]], "P and y")
     flat = [x.expand(*batch, *x.shape[-2:]).reshape(batch.numel(), *x.shape[-2:]) for x in (P, y)]
-    # Graph by graph: kernels for batches round differently.
-    products = torch.stack([graph @ signals for graph, signals in zip(*flat, strict=True)])
+    # Graph by graph: kernels for batches round differently. Of none there is nothing to round.
+    products = (
+        flat[0] @ flat[1]
+        if 0 in batch
+        else torch.stack([graph @ signals for graph, signals in zip(*flat, strict=True)])
+    )
     return products.reshape(*batch, *y.shape[-2:])[..., :nodes, :channels]
 
 

@@ -158,13 +158,15 @@ class Solver(ABC):
 class Certified(NamedTuple):
     """An answer and its evidence before the last cast.
 
-    x, lower and upper are [..., N, K], the bound is [..., 1, K], counts are [..., K].
+    x, lower and upper are [..., N, K], the bound and what of it is owed to rounding [..., 1, K], counts
+    [..., K].
     """
 
     x: Tensor
     lower: Tensor
     upper: Tensor
     error_bound: Tensor
+    rounding: Tensor
     steps: Tensor
     matvecs: Tensor
 
@@ -384,7 +386,7 @@ def _solve_some(
     # The last cast to the operator's dtype must still fit.
     allowed = torch.clamp(atol - cast_error(initial, operator.dtype, norm_of(operator)), min=0.25 * atol)
     target = 0.95 * allowed
-    best = _Best(operator, mu, rhs)
+    best = _Best(operator, mu, rhs, initial, allowed)
     correction, pending = rhs, best.bound > 0
     steps = torch.zeros(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
     for attempt in range(1 + MAX_REFINEMENTS if bool(pending.any()) else 0):
@@ -420,20 +422,24 @@ def _solve_some(
         initial = torch.zeros_like(rhs)
         # What is left above the target is the certificate's own rounding: make room for it.
         target = 0.1 * target
-    return Certified(best.x, best.lower, best.upper, best.bound, steps, best.matvecs)
+    return Certified(best.x, best.lower, best.upper, best.bound, best.rounding, steps, best.matvecs)
 
 
 class _Best:
     """The best answer so far and what is known of it; at first x = 0, whose residual is b."""
 
-    def __init__(self, operator: Transition, mu: Tensor, rhs: Tensor) -> None:
+    def __init__(
+        self, operator: Transition, mu: Tensor, rhs: Tensor, initial: Tensor, allowed: Tensor
+    ) -> None:
         self.operator, self.mu, self.rhs, self.norm = operator, mu, rhs, norm_of(operator)
         self.x, self.residual = torch.zeros_like(rhs), rhs
         low, high = _residual_interval(operator, mu, rhs)
         extra = _arithmetic(operator, mu, rhs, low, high)
+        self.rounding = _interval_norm(-extra, extra, self.norm)
         low, high = low - extra, high + extra
         self.lower, self.upper = low.expand_as(rhs), high.expand_as(rhs)
         self.bound = _interval_norm(low, high, self.norm)
+        self.untouched = (self.bound > allowed) & (initial != 0).any(-2, keepdim=True)
         self.matvecs = torch.zeros(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
         self.precise = {operator.dtype: operator}
 
@@ -453,15 +459,29 @@ class _Best:
         upper += (reach * high).add_(extra)
         torch.maximum(lower, self.lower, out=lower)
         torch.minimum(upper, self.upper, out=upper)
-        better = asked & (bound < self.bound)
         if not bool(asked.all()):
             lower, upper = torch.where(asked, lower, self.lower), torch.where(asked, upper, self.upper)
+        self.lower, self.upper = lower, upper
+        # 0 may have the smaller bound, but unless it is the first guess it is nobody's answer: where it is
+        # not good enough the solver's first takes its place, if that is not so large that 0 must be nearer.
+        # What is known of x* holds for both.
+        better, first = asked & (bound < self.bound), asked & self.untouched
+        self.untouched = self.untouched & ~asked
+        worse = first & ~better
+        if bool(worse.any()):
+            worse = worse & (size(candidate, self.norm) <= 2 * self.bound) & bound.isfinite()
+            if self.norm == "inf" and bool(worse.any()):
+                apart = torch.maximum(self.upper - candidate, candidate - self.lower).amax(-2, keepdim=True)
+                apart = apart * (1 + 4 * torch.finfo(apart.dtype).eps)
+                bound = torch.where(worse, torch.minimum(bound, apart), bound)
+            better = better | worse
+        rounding = _interval_norm(-extra, extra, self.norm)
         if not bool(better.all()):
             candidate = torch.where(better, candidate, self.x)
             residual = torch.where(better, residual, self.residual)
             bound = torch.where(better, bound, self.bound)
-        self.lower, self.upper = lower, upper
-        self.x, self.residual, self.bound = candidate, residual, bound
+            rounding = torch.where(better, rounding, self.rounding)
+        self.x, self.residual, self.bound, self.rounding = candidate, residual, bound, rounding
 
     def _reach(self, operator: Transition) -> Tensor:
         """µ·rowsum, [..., 1 or N, 1 or K]: what of the bounds of e a walk passes on to each node."""

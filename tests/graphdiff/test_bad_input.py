@@ -136,9 +136,9 @@ def test_dense_transitions():
 
 
 def test_attention_transitions():
-    with raises(ValueError, r"psi: expected shape \[..., N, d\], not empty, got \[3\]"):
+    with raises(ValueError, r"psi: expected shape \[..., N, d\] with N ≥ 1 and d ≥ 1, got \[3\]"):
         gd.AttentionTransition(torch.randn(3))
-    with raises(ValueError, r"not empty, got \[0, 3\]"):
+    with raises(ValueError, r"N ≥ 1 and d ≥ 1, got \[0, 3\]"):
         gd.AttentionTransition(torch.randn(0, 3))
     with raises(TypeError, r"psi: expected a real floating-point tensor, got torch.int64"):
         gd.AttentionTransition(torch.ones(3, 2, dtype=torch.int64))
@@ -205,3 +205,26 @@ def test_cascade_inputs():
         gd.CascadedWalk(steps=1)(seed, [D])
     with raises(ValueError, r"made with steps=, so give it ready transitions"):
         gd.CascadedWalk(steps=2)(seed, [image, deep])
+
+
+@pytest.mark.parametrize("module", [gd.CascadedWalk, gd.Diffusion])
+def test_what_networks_hand_out_and_modules_do_not_take(module):
+    refine = module(feature_channels=[3], embedding_channels=4)
+    seed, image = torch.randn(1, 2, 3, 3), torch.randn(1, 3, 9, 9)
+    with raises(TypeError, r"seed: expected a torch.Tensor, got dict; take one of \['out', 'aux'\]"):
+        refine({"out": seed, "aux": seed}, [image])
+    with raises(TypeError, r"features: expected a list .*, got dict; give list\(features.values\(\)\)"):
+        refine(seed, {"out": image})
+    with raises(TypeError, r"features: expected a list .*, got Tensor; give \[features\]"):
+        refine(seed, image)
+    with raises(TypeError, r"features: expected dtype torch.float32 like the weights .*, got torch.float64"):
+        refine(seed.double(), [image.double()])
+    with raises(TypeError, r"features: expected a real floating-point tensor, got torch.uint8"):
+        refine(seed, [image.byte()])
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # casts by itself
+        assert refine(seed, [image.bfloat16()]).shape == seed.shape
+    for given in (3, "rgb"):
+        with raises(TypeError, r"feature_channels: expected a list of numbers, one for each feature, got"):
+            module(feature_channels=given)
+    with raises(ValueError, r"feature_channels: expected an integer ≥ 1, got 0"):
+        module(feature_channels=[3, 0])

@@ -63,6 +63,9 @@ def check(found, exact, tol, slip):
     assert (found.upper[there] >= exact[index] - slip).all()
     assert (found.lower <= found.values).all()
     assert (found.values <= found.upper).all()
+    assert ((found.values[there] - exact[index]).abs() <= found.error_bound[there] + slip).all()
+    assert (found.error_bound >= torch.maximum(found.upper - found.values, found.values - found.lower)).all()
+    assert (found.error_bound <= (found.upper - found.lower) * (0.5 + 1e-9) + 1e-16).all()
     assert (found.values[:-1] >= found.values[1:]).all()
     for j, node in enumerate(index.tolist()):
         rest = exact.clone()
@@ -448,3 +451,16 @@ def test_push_refuses_walks_that_are_not_sparse():
     for P in (gd.AttentionTransition(torch.zeros(3, 2)), JUMPING):
         with pytest.raises(ValueError, match=r"solver: Push needs a sparse walk.* use CG\(\), BiCGSTAB\(\)"):
             gd.diffuse(P, torch.ones(P.shape[-1]), 0.5, solver=gd.solvers.Push())
+
+
+def test_ranks_are_certain_before_values_are_known():
+    """`tol` is of ranks: y is off by more than it here, which `error_bound` says."""
+    P = scale_free(300, directed=False)
+    found = gd.top_k(P, source=7, k=1, tol=1e-12)
+    exact = pagerank_of(P, 7, 0.85)
+    assert found.certified.all()
+    assert found.converged
+    error = (found.values - exact[found.indices]).abs()
+    assert (error <= found.error_bound).all()
+    assert float(error) > 1e-9
+    assert float(found.error_bound) > 1e3 * 1e-12
