@@ -77,9 +77,9 @@ def limit(nodes, channels, products, rates, wide):
     return once + products * product + certificate
 
 
-def layer(kind, side):
+def layer(kind, side, **options):
     torch.manual_seed(5)
-    module = kind([3, 64, 128, 256, 512])
+    module = kind([3, 64, 128, 256, 512], **options)
     maps = features(side, "cpu")
     seed = torch.randn(1, K, side, side).requires_grad_()
     g = torch.randn(1, K, side, side)
@@ -146,15 +146,17 @@ def main():
         )
         assert sol.converged.all()
     print("\nLayers on maps as DifNet-18's, forward + backward, embeddings included:\n")
-    head("nodes", "five walks, ms", "one exact diffusion, ms", "exact over walks")
+    head("nodes", "five walks, ms", "one exact diffusion, ms", "over walks", "by BlockCG, ms", "over walks")
     for side in options.layers:
-        found = in_turn(
-            {"walks": layer(gd.CascadedWalk, side), "exact": layer(gd.Diffusion, side)}, options.rounds
-        )
-        row(
-            *(side**2, f"{1e3 * found['walks'][0]:.0f}", f"{1e3 * found['exact'][0]:.0f}"),
-            f"{1 / found['exact'][1]:.2f}",
-        )
+        layers = {
+            "walks": layer(gd.CascadedWalk, side),
+            "exact": layer(gd.Diffusion, side),
+            "block": layer(gd.Diffusion, side, solver=gd.solvers.BlockCG()),
+        }
+        found = in_turn(layers, options.rounds)
+        taken = {name: f"{1e3 * found[name][0]:.0f}" for name in found}
+        more = {name: f"{1 / found[name][1]:.2f}" for name in ("exact", "block")}
+        row(side**2, taken["walks"], taken["exact"], more["exact"], taken["block"], more["block"])
 
 
 if __name__ == "__main__":
