@@ -183,7 +183,7 @@ def pyg_walks(A, S, mu, transposed, steps):
         return walk(torch.from_numpy(S), adjacency).numpy()
 
 
-def peers(directed, transposed, signals, slow, mesh):
+def peers(directed, transposed, signals, slow, mesh, wanted):
     """Name, method, and what is searched: "steps", "tol" or nothing."""
     found = [("scipy, walks", scipy_walks, "steps"), ("scipy, bicgstab", scipy_bicgstab, "tol")]
     if not directed:
@@ -201,7 +201,7 @@ def peers(directed, transposed, signals, slow, mesh):
         found += [("igraph, arpack", partial(igraph_ranks, implementation="arpack"), None)]
     if transposed and slow and there("networkx") and signals == 1:
         found += [("networkx", networkx_ranks, "tol")]
-    return found
+    return [peer for peer in found if any(part in peer[0] for part in wanted)]
 
 
 def searched(method, kind, error_of, hint):
@@ -277,7 +277,7 @@ def compared(name, A, directed, options, *, transposed, mesh):
                     return float(np.nan_to_num(norm(y - truth) / norm(S), nan=np.inf).max())
 
             calls, names, errors, missed = [], [], [], []
-            for label, method, kind in peers(directed, transposed, count, options.slow, mesh):
+            for label, method, kind in peers(directed, transposed, count, options.slow, mesh, options.peers):
                 call = partial(method, A, S, mu, transposed)
                 # Many signals need at least what the first of them needs.
                 if label in hints and hints[label] is False:
@@ -370,6 +370,7 @@ def main():
     )
     parser.add_argument("--data", type=Path, help="folder of the .npz graphs; grids alone without")
     parser.add_argument("--graphs", nargs="*", default=list(GRAPHS))
+    parser.add_argument("--peers", nargs="*", default=[""], help="only those whose name holds one of these")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mus", type=float, nargs="+", default=list(MUS))
     parser.add_argument("--side", type=int, default=300, help="of the grid that peers run on too")
