@@ -140,7 +140,7 @@ def scipy_splu(A, S, mu, transposed, _):
 def sknetwork_ranks(A, S, mu, transposed, amount, *, solver):
     from sknetwork.ranking import PageRank
 
-    given = {"n_iter": amount} if solver == "RH" else {"tol": amount, "n_iter": 10**4}
+    given = {"n_iter": amount} if solver == "RH" else {"tol": amount, "n_iter": 3000}
     ranking = PageRank(mu, solver=solver, **given)
     matrix = sp.csr_matrix(A)
     return np.stack([ranking.fit_predict(matrix, weights=column) for column in S.T], 1)
@@ -209,12 +209,15 @@ def searched(method, kind, error_of, hint):
     if kind is None:
         return None, error_of(method(None))
     if kind == "tol":
-        # A float32 solver ends far above the last.
+        reached = []
         for tol in (hint or 2.0**-10) * 2.0 ** -np.arange(30):
-            error = error_of(method(float(tol)))
-            if error <= ERROR:
-                return float(tol), error
-        return None, error
+            reached.append(error_of(method(float(tol))))
+            if reached[-1] <= ERROR:
+                return float(tol), reached[-1]
+            # A float32 solver ends far above, and then takes as many steps as it may.
+            if len(reached) > 3 and min(reached[-3:]) > 0.9 * min(reached[:-3]):
+                break
+        return None, min(reached)
     low, high = (hint - 1, hint) if hint else (0, 8)
     while (error := error_of(method(high))) > ERROR:
         if high > 10**5:
