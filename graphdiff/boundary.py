@@ -197,7 +197,7 @@ class _Inside(Transition):
     @property
     def shape(self) -> torch.Size:
         """[..., N, N]."""
-        lead = torch.broadcast_shapes(self.walk.shape[:-2], self.free.shape[:-2])  # type: ignore[no-untyped-call]
+        lead = checks.broadcast_batch([self.walk.shape[:-2], self.free.shape[:-2]], "P and mask")
         return torch.Size([*lead, *self.walk.shape[-2:]])
 
     @property

@@ -255,7 +255,7 @@ class InnerProduct:
 
 def inner(weights: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Σ_i w_i u_i v_i of each channel, [..., 1, K], once."""
-    shape = torch.broadcast_shapes(weights.shape, u.shape, v.shape)  # type: ignore[no-untyped-call]
+    shape = checks.broadcast_batch([weights.shape, u.shape, v.shape], "weights, u and v")
     return InnerProduct(weights, shape)(u, v)
 
 
