@@ -48,7 +48,8 @@ def implicit_solve(call: Call, rhs: Tensor, mu: Tensor, *, initial: Tensor, atol
         initial: First guess, like `rhs`.
         atol: Largest error allowed in the norm of the operator, [..., 1, K].
     """
-    return Certified(*_ImplicitSolve.apply(call, rhs, mu, initial, atol, *call.operator.tensors()))
+    apply: Any = _ImplicitSolve.apply  # without types until after torch 2.11
+    return Certified(*apply(call, rhs, mu, initial, atol, *call.operator.tensors()))
 
 
 class _ImplicitSolve(torch.autograd.Function):

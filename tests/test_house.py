@@ -36,6 +36,7 @@ FLOORS = {
             "solvers.chebyshev",
             "solvers.cg",
             "solvers.block_cg",
+            "solvers.mixed_precision",
             "solvers.multigrid",
             "solvers.bicgstab",
             "solvers.push",

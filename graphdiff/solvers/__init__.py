@@ -7,6 +7,7 @@ from graphdiff.solvers.block_cg import BlockCG
 from graphdiff.solvers.cg import CG
 from graphdiff.solvers.chebyshev import Chebyshev
 from graphdiff.solvers.direct import Direct
+from graphdiff.solvers.mixed_precision import MixedPrecision
 from graphdiff.solvers.multigrid import Multigrid
 from graphdiff.solvers.push import Push
 from graphdiff.solvers.shifted import Shifted
@@ -19,6 +20,7 @@ __all__ = [
     "BlockCG",
     "Chebyshev",
     "Direct",
+    "MixedPrecision",
     "Multigrid",
     "Push",
     "Shifted",

@@ -14,13 +14,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from graphdiff import checks
 from graphdiff.operators.base import Transition
+from graphdiff.operators.sparse import csr_product
 from graphdiff.solution import Norm, Progress
 
 # Each refinement gains several digits unless rounding has taken over; more than this never helped.
@@ -30,7 +31,9 @@ NEAR = 4.0
 # How many nodes beside each other make a long row.
 FOLDED = 32
 # Channels solved at a time: as many as fit with their numbers into this, and no fewer than these.
-CACHED, NARROW = 2**18, 8
+CACHED, FEWEST = 2**18, {torch.float32: 32, torch.float64: 8}
+# Terms of a sum that are added up in float32 before float64 goes on, and the weights that this suits.
+CHUNK, LIGHTEST = 64, 1e-9
 
 
 class Iterate(NamedTuple):
@@ -60,6 +63,10 @@ class Budget:
     """Whether it ended a solve that would have gone on."""
     waiting: int = 0
     """Right-hand sides whose turn has not come yet."""
+    taken: Tensor | int = 0
+    """Steps before those that the solver at work counts, [..., 1, K]."""
+    unit: Tensor | float = 1.0
+    """What its bounds are counted in, [..., 1, K]."""
 
     @classmethod
     def checked(
@@ -113,8 +120,9 @@ class Limits(NamedTuple):
         budget = self.budget
         if budget.progress is not None:
             left = int(active.sum()) + budget.waiting
-            worst = float(torch.where(active, bound, 0.0).max())
-            budget.progress(Progress(int(steps.max()), left, worst, budget.seconds))
+            worst = float(torch.where(active, budget.unit * bound, 0.0).max())
+            done = int((budget.taken + steps).max())
+            budget.progress(Progress(done, left, worst, budget.seconds))
         if budget.max_seconds is None or budget.seconds < budget.max_seconds:
             return active
         budget.timed_out = budget.timed_out or bool(active.any())
@@ -125,8 +133,14 @@ class Limits(NamedTuple):
 class Solver(ABC):
     """A method for (I − MP) x = b. Frozen, without tolerances: those belong to the call."""
 
-    together: ClassVar[bool] = False
-    """Whether right-hand sides gain from each other, so that all of them are to be solved at a time."""
+    @property
+    def together(self) -> bool:
+        """Whether right-hand sides gain from each other, so that all of them are to be solved at a time."""
+        return False
+
+    def working_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """In which dtype it iterates for an operator of some dtype: that, unless written."""
+        return dtype
 
     def prepare(self, operator: Transition, mu: Tensor) -> Any:
         """What can be done once for many right-hand sides: unless written, to hold the walk for products.
@@ -236,15 +250,37 @@ class InnerProduct:
     """⟨u, v⟩ = Σ_i w_i u_i v_i of each channel, in the dtype of the weights and in memory of its own.
 
     A solver asks for it at every step; new memory each time would cost several times what the sums do.
+    Vectors in float32, of a size near 1, are summed on the CPU by `CHUNK` nodes in float32 where no weight is
+    so small that this would lose it.
     """
 
-    def __init__(self, weights: Tensor, shape: torch.Size) -> None:
-        """For weights [..., N, 1] and vectors of a shape [..., N, K]."""
+    def __init__(self, weights: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+        """For weights [..., N, 1] and vectors of a shape [..., N, K] and a dtype."""
         self.weights = weights
-        self.product, self.other = (weights.new_empty(shape) for _ in range(2))
+        self.chunked = (
+            dtype == torch.float32
+            and weights.device.type == "cpu"
+            and not bool(((weights > 0) & (weights < LIGHTEST)).any())
+        )
+        # How much of |u||v| its rounding may be.
+        self.accuracy = 1e-5 if self.chunked else 1e-6
+        if self.chunked:
+            self.product = weights.new_empty(shape, dtype=dtype)
+            rows, nodes = self.product[..., 0].numel(), shape[-2]
+            starts = torch.arange(0, rows, nodes).unsqueeze(-1) + torch.arange(0, nodes, CHUNK)
+            self.chunks = torch.cat([starts.flatten(), torch.tensor([rows])])
+            self.numbers = torch.arange(rows)
+            self.narrow = weights.to(dtype).expand(*shape[:-1], 1).reshape(-1)
+        else:
+            self.product, self.other = (weights.new_empty(shape) for _ in range(2))
 
     def __call__(self, u: Tensor, v: Tensor) -> Tensor:
         """[..., 1, K]."""
+        if self.chunked:
+            torch.mul(u, v, out=self.product)
+            flat = self.product.reshape(-1, self.product.shape[-1])
+            sums = csr_product(self.chunks, self.numbers, self.narrow, flat).to(self.weights.dtype)
+            return total(sums.reshape(*self.product.shape[:-2], -1, self.product.shape[-1]))
         # Multiplying numbers of two dtypes would widen into new memory first.
         wide, other = (
             x if x.dtype == into.dtype else into.copy_(x) for x, into in ((u, self.product), (v, self.other))
@@ -256,7 +292,7 @@ class InnerProduct:
 def inner(weights: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Σ_i w_i u_i v_i of each channel, [..., 1, K], once."""
     shape = checks.broadcast_batch([weights.shape, u.shape, v.shape], "weights, u and v")
-    return InnerProduct(weights, shape)(u, v)
+    return InnerProduct(weights, shape, weights.dtype)(u, v)
 
 
 def bounding(operator: Transition, mu: Tensor) -> Callable[[Tensor], Tensor]:
@@ -274,16 +310,17 @@ def bounding(operator: Transition, mu: Tensor) -> Callable[[Tensor], Tensor]:
     return bound
 
 
-def _residual_interval(operator: Transition, mu: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def _residual_interval(
+    operator: Transition, mu: Tensor, residual: Tensor, scratch: Tensor
+) -> tuple[Tensor, Tensor]:
     """Bounds of the entries of x* − x, both [..., 1, K]; in the 1-norm, total masses below and above 0."""
     remaining = remaining_of(operator, mu)
     if norm_of(operator) == "inf":
-        q = residual / remaining
+        q = torch.div(residual, remaining, out=scratch)
         return q.amin(-2, keepdim=True), q.amax(-2, keepdim=True)
-    return (
-        residual.clamp(max=0).sum(-2, keepdim=True) / remaining,
-        residual.clamp(min=0).sum(-2, keepdim=True) / remaining,
-    )
+    below = torch.clamp(residual, max=0, out=scratch).sum(-2, keepdim=True)
+    above = torch.clamp(residual, min=0, out=scratch).sum(-2, keepdim=True)
+    return below / remaining, above / remaining
 
 
 def _interval_norm(low: Tensor, high: Tensor, norm: Norm) -> Tensor:
@@ -354,7 +391,7 @@ def solve_certified(
         budget: Most steps a right-hand side may take, and seconds the whole.
     """
     channels = rhs.shape[-1]
-    width = channels if solver.together else _width(operator, mu, rhs)
+    width = channels if solver.together else _width(operator, mu, rhs, solver.working_dtype(operator.dtype))
     done = []
     for first in range(0, channels, width):
         some = slice(first, first + width)
@@ -364,12 +401,12 @@ def solve_certified(
     return done[0] if len(done) == 1 else Certified(*(torch.cat(x, -1) for x in zip(*done, strict=True)))
 
 
-def _width(operator: Transition, mu: Tensor, rhs: Tensor) -> int:
+def _width(operator: Transition, mu: Tensor, rhs: Tensor, dtype: torch.dtype) -> int:
     """Channels to solve at a time: a sparse product is fast where what it gathers is in the cache."""
     channels = rhs.shape[-1]
     if not operator.sparse or rhs.device.type != "cpu" or mu.shape[-1] > 1:
         return channels
-    return min(channels, max(NARROW, CACHED // (rhs.numel() // channels)))
+    return min(channels, max(FEWEST[dtype], CACHED // (rhs.numel() // channels)))
 
 
 def _solve_some(
@@ -394,12 +431,13 @@ def _solve_some(
         # Where time is up already the first guess is the answer.
         found = Iterate(guess, torch.zeros_like(steps), torch.zeros_like(steps))
         if not budget.timed_out:
+            budget.taken = steps.unsqueeze(-2)
             found = solver.solve(state, b, guess, goal, budget.left(steps))
         steps = steps + torch.where(pending.squeeze(-2), found.steps, 0)
         best.matvecs = best.matvecs + torch.where(pending.squeeze(-2), found.matvecs, 0)
         candidate, before = best.x + found.x.to(rhs.dtype), best.bound
         if attempt == 0 and operator.dtype != rhs.dtype:
-            slack = _slack(operator, mu, size(initial, best.norm), rhs, operator.dtype)
+            slack = _slack(operator, mu, best.initial_size, best.rhs_size, operator.dtype)
             best.judge(candidate, pending & (2 * slack <= allowed), operator.dtype)
             pending = pending & ~(best.bound <= allowed)
         asked = pending
@@ -419,7 +457,7 @@ def _solve_some(
         if not bool(pending.any()):
             break
         correction = torch.where(pending, best.residual, 0.0)
-        initial = torch.zeros_like(rhs)
+        initial = rhs.new_zeros(()).expand_as(rhs)
         # What is left above the target is the certificate's own rounding: make room for it.
         target = 0.1 * target
     return Certified(best.x, best.lower, best.upper, best.bound, best.rounding, steps, best.matvecs)
@@ -433,13 +471,17 @@ class _Best:
     ) -> None:
         self.operator, self.mu, self.rhs, self.norm = operator, mu, rhs, norm_of(operator)
         self.x, self.residual = torch.zeros_like(rhs), rhs
-        low, high = _residual_interval(operator, mu, rhs)
+        # Written over again and again: new memory costs several times what a sum over it does.
+        self.scratch = torch.empty_like(self.x)
+        self.spare: Tensor | None = None
+        self.rhs_size, self.initial_size = (size(t, self.norm, self.scratch) for t in (rhs, initial))
+        low, high = _residual_interval(operator, mu, rhs, self.scratch)
         extra = _arithmetic(operator, mu, rhs, low, high)
         self.rounding = _interval_norm(-extra, extra, self.norm)
         low, high = low - extra, high + extra
         self.lower, self.upper = low.expand_as(rhs), high.expand_as(rhs)
         self.bound = _interval_norm(low, high, self.norm)
-        self.untouched = (self.bound > allowed) & (initial != 0).any(-2, keepdim=True)
+        self.untouched = (self.bound > allowed) & (self.initial_size > 0)
         self.matvecs = torch.zeros(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
         self.precise = {operator.dtype: operator}
 
@@ -449,19 +491,24 @@ class _Best:
             return
         self.matvecs = self.matvecs + asked.squeeze(-2)
         operator = self.precise.setdefault(precision, self.operator.to(precision))
-        residual, low, high, extra = _evidence(operator, self.mu, self.rhs, candidate)
+        residual, low, high, extra = self._evidence(operator, candidate)
         bound = _interval_norm(low - extra, high + extra, self.norm)
         # Every answer's interval holds, whether or not it is the best; node by node it is narrower than the
         # bound, because the error is e = r + MPe, and what lies between low and high is not e alone but Pe.
         # reach·(low − extra) − (1 − reach)·extra is reach·low − extra.
-        reach, upper = self._reach(operator), candidate + residual
-        lower = upper + (reach * low).sub_(extra)
-        upper += (reach * high).add_(extra)
-        torch.maximum(lower, self.lower, out=lower)
-        torch.minimum(upper, self.upper, out=upper)
-        if not bool(asked.all()):
-            lower, upper = torch.where(asked, lower, self.lower), torch.where(asked, upper, self.upper)
-        self.lower, self.upper = lower, upper
+        reach, walked = self._reach(operator), torch.add(candidate, residual, out=self.scratch)
+        if self.spare is None:
+            # Until now the same for all nodes.
+            self.lower, self.upper = self.lower.contiguous(), self.upper.contiguous()
+            self.spare = torch.empty_like(self.x)
+        for end, best, share, narrower in (
+            (low, self.lower, -extra, torch.maximum),
+            (high, self.upper, extra, torch.minimum),
+        ):
+            found = torch.addcmul(walked, reach, end, out=self.spare).add_(share)
+            if not bool(asked.all()):
+                torch.where(asked, found, best, out=found)
+            narrower(found, best, out=best)
         # 0 may have the smaller bound, but unless it is the first guess it is nobody's answer: where it is
         # not good enough the solver's first takes its place, if that is not so large that 0 must be nearer.
         # What is known of x* holds for both.
@@ -469,7 +516,7 @@ class _Best:
         self.untouched = self.untouched & ~asked
         worse = first & ~better
         if bool(worse.any()):
-            worse = worse & (size(candidate, self.norm) <= 2 * self.bound) & bound.isfinite()
+            worse = worse & (size(candidate, self.norm, self.scratch) <= 2 * self.bound) & bound.isfinite()
             if self.norm == "inf" and bool(worse.any()):
                 apart = torch.maximum(self.upper - candidate, candidate - self.lower).amax(-2, keepdim=True)
                 apart = apart * (1 + 4 * torch.finfo(apart.dtype).eps)
@@ -477,11 +524,23 @@ class _Best:
             better = better | worse
         rounding = _interval_norm(-extra, extra, self.norm)
         if not bool(better.all()):
-            candidate = torch.where(better, candidate, self.x)
-            residual = torch.where(better, residual, self.residual)
+            candidate = torch.where(better, candidate, self.x, out=self.x)
+            torch.where(better, residual, self.residual, out=residual)
             bound = torch.where(better, bound, self.bound)
             rounding = torch.where(better, rounding, self.rounding)
         self.x, self.residual, self.bound, self.rounding = candidate, residual, bound, rounding
+
+    def _evidence(self, operator: Transition, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The residual of x, bounds of x* − x, and what rounding adds to them, in the dtype of `rhs`.
+
+        The product and the residual are computed in the operator's dtype; bounds are [..., 1, K].
+        """
+        dtype, rhs, mu = operator.dtype, self.rhs, self.mu
+        walked = operator.matmul(x.to(dtype))
+        residual = (mu.to(dtype) * walked).sub_(x.to(dtype)).add_(rhs.to(dtype)).to(rhs.dtype)
+        low, high = _residual_interval(operator, mu, residual, self.scratch)
+        extra = _slack(operator, mu, size(x, self.norm, self.scratch), self.rhs_size, dtype)
+        return residual, low, high, extra + _arithmetic(operator, mu, rhs, low, high)
 
     def _reach(self, operator: Transition) -> Tensor:
         """µ·rowsum, [..., 1 or N, 1 or K]: what of the bounds of e a walk passes on to each node."""
@@ -496,26 +555,10 @@ def cast_error(x: Tensor, dtype: torch.dtype, norm: Norm) -> Tensor:
     return x.new_zeros(()) if dtype == x.dtype else size(x, norm) * (torch.finfo(dtype).eps / 2)
 
 
-def _slack(operator: Transition, mu: Tensor, x_size: Tensor, rhs: Tensor, dtype: torch.dtype) -> Tensor:
+def _slack(operator: Transition, mu: Tensor, x_size: Tensor, rhs_size: Tensor, dtype: torch.dtype) -> Tensor:
     """What rounding in `dtype` adds to the bound of an answer of that size, [..., 1, K]."""
-    eps, norm = torch.finfo(dtype).eps, norm_of(operator)
-    slack = operator.rounding(dtype) * x_size + 2 * eps * (2 * x_size + size(rhs, norm))
+    slack = operator.rounding(dtype) * x_size + 2 * torch.finfo(dtype).eps * (2 * x_size + rhs_size)
     return slack / remaining_of(operator, mu).amin(-2, keepdim=True)
-
-
-def _evidence(
-    operator: Transition, mu: Tensor, rhs: Tensor, x: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The residual of x, bounds of x* − x, and what rounding adds to them, in the dtype of `rhs`.
-
-    The product and the residual are computed in the operator's dtype; bounds are [..., 1, K].
-    """
-    dtype = operator.dtype
-    walked = operator.matmul(x.to(dtype))
-    residual = (mu.to(dtype) * walked).sub_(x.to(dtype)).add_(rhs.to(dtype)).to(rhs.dtype)
-    low, high = _residual_interval(operator, mu, residual)
-    extra = _slack(operator, mu, size(x, norm_of(operator)), rhs, dtype)
-    return residual, low, high, extra + _arithmetic(operator, mu, rhs, low, high)
 
 
 def _arithmetic(operator: Transition, mu: Tensor, rhs: Tensor, low: Tensor, high: Tensor) -> Tensor:

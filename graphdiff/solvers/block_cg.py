@@ -70,7 +70,8 @@ class BlockCG(Solver):
     def solve(self, state: Weighted, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Iterate until the bound of each right-hand side is below its target."""
         operator, mu, _ = state
-        weight, y, residual = started(state, rhs, initial)
+        product, y, residual, unit = started(state, rhs, initial)
+        weight, residual = product.weights, unit * residual
         wide, shape = weight.dtype, residual.shape
 
         def graphs(x: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from graphdiff import checks
 from graphdiff.operators.base import Transition
 from graphdiff.solvers.base import (
     InnerProduct,
@@ -18,6 +19,7 @@ from graphdiff.solvers.base import (
     check_reversible,
     inner,
     rate_of,
+    size,
     steps_to,
 )
 from graphdiff.solvers.chebyshev import Chebyshev
@@ -40,9 +42,9 @@ class CG(Solver):
     """Conjugate gradients with ⟨x, y⟩ = Σ d_i x_i y_i / µ_i (theory 5, 9): no square roots, no copy of P.
 
     For reversible walks and their transposes. One product a step; at most the steps of `Chebyshev`, and
-    far fewer where few eigenvalues lie near 1. Only ratios of degrees matter, and inner products are
-    summed in float64, so degrees may differ by many orders of magnitude. Where they differ so much that the
-    smallest do not count, or rounding stops it, `Chebyshev` goes on.
+    far fewer where few eigenvalues lie near 1. Only ratios of degrees matter, and where these are large,
+    inner products are summed in float64, so degrees may differ by many orders of magnitude. Where they differ
+    so much that the smallest do not count, or rounding stops it, `Chebyshev` goes on.
 
     Raises:
         ValueError: The walk is not known to be reversible.
@@ -62,10 +64,9 @@ class CG(Solver):
     def solve(self, state: Weighted, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Iterate until the bound of each right-hand side is below its target."""
         operator, mu, _ = state
-        weight, y, residual = started(state, rhs, initial)
+        product, y, residual, unit = started(state, rhs, initial)
         bounded = bounding(operator, mu)
-        product = InnerProduct(weight, residual.shape)
-        square, bound = product(residual, residual), bounded(residual)
+        square, bound = product(residual, residual), unit * bounded(residual)
         steps = torch.zeros(*rhs.shape[:-2], 1, rhs.shape[-1], dtype=torch.int64, device=rhs.device)
         most, patience = allowance(state, target, bound)
         limit = limits.within(most)
@@ -74,22 +75,21 @@ class CG(Solver):
         first, first_residual, largest = y, residual, LOSS / torch.finfo(rhs.dtype).eps * bound
         # What changes at every step is changed where it stands: new memory would cost as much as the sums.
         y, residual, direction = (x.expand_as(residual).clone() for x in (y, residual, residual))
-        image, moved = torch.empty_like(residual), torch.empty_like(residual)
+        image, minus = torch.empty_like(residual), -mu
         while bool(active.any()):
-            torch.mul(operator.matmul(direction), mu, out=image)
-            torch.sub(direction, image, out=image)
+            torch.addcmul(direction, operator.matmul(direction), minus, out=image)
             curvature = product(direction, image)
             # No curvature, no step: that is rounding, or an operator that is not what it says.
             active = active & (curvature > 0)
             step = torch.where(active, square / curvature, 0.0).to(rhs.dtype)
-            y += torch.mul(direction, step, out=moved)
-            residual -= torch.mul(image, step, out=moved)
+            y.addcmul_(direction, step * unit)
+            residual.addcmul_(image, -step)
             steps = steps + active
             following = product(residual, residual)
-            direction *= torch.where(active, following / square, 0.0).to(rhs.dtype)
-            direction += residual
+            turn = torch.where(active, following / square, 0.0).to(rhs.dtype)
+            torch.addcmul(residual, direction, turn, out=direction)
             square = following
-            bound = torch.where(active, bounded(residual), bound)
+            bound = torch.where(active, unit * bounded(residual), bound)
             halves = bound < 0.5 * halved
             halved_at, halved = torch.where(halves, steps, halved_at), torch.where(halves, bound, halved)
             active = active & (bound > target) & (bound < largest) & (steps < limit)
@@ -98,7 +98,7 @@ class CG(Solver):
         if bool(lost.any()):
             y, residual = torch.where(lost, first, y), torch.where(lost, first_residual, residual)
         # One step of walking more: its product is the one that the certificate computes.
-        reached = Iterate(y + residual, steps.squeeze(-2), steps.squeeze(-2) + 1)
+        reached = Iterate(torch.addcmul(y, residual, unit), steps.squeeze(-2), steps.squeeze(-2) + 1)
         # Where degrees differ too much for the D-norm to see the smallest, Chebyshev, which has no use for
         # them, goes on.
         problem = Problem(operator, mu)
@@ -112,8 +112,17 @@ def weighted(operator: Transition, mu: Tensor, solver: str) -> Weighted:
     return Weighted(held, mu, log_degree - log_degree.amax(-2, keepdim=True))
 
 
-def started(state: Weighted, rhs: Tensor, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights of the inner product, in the best precision at hand, the first iterate and its residual."""
+class Start(NamedTuple):
+    """The inner product, the first iterate y, and its residual, which is that many units [..., 1, K]."""
+
+    product: InnerProduct
+    y: Tensor
+    residual: Tensor
+    unit: Tensor
+
+
+def started(state: Weighted, rhs: Tensor, initial: Tensor) -> Start:
+    """Where conjugate gradients begin."""
     operator, mu, log_weight = state
     wide = torch.float32 if rhs.device.type == "mps" else torch.float64
     weight, y = log_weight.to(wide).exp(), initial
@@ -121,21 +130,31 @@ def started(state: Weighted, rhs: Tensor, initial: Tensor) -> tuple[Tensor, Tens
         # Where µ_i = 0 the answer is b_i; started there, no direction ever has an entry at i.
         y = torch.where(mu == 0, rhs, y)
         weight = torch.where(mu == 0, 0.0, weight / mu.to(wide))
-    residual = rhs - (y - mu * operator.matmul(y))
-    if mu.shape[-2] == 1:
+    batch = checks.broadcast_batch([operator.shape[:-2], rhs.shape[:-2]], "P and s")
+    residual, guessed = rhs.expand(*batch, *rhs.shape[-2:]), bool(y.any())
+    if guessed:
+        residual = torch.addcmul(y, operator.matmul(y), -mu)
+        torch.sub(rhs, residual, out=residual)
+    # Then no square of a small residual is 0.
+    largest = size(residual, "inf")
+    unit = torch.where(largest > 0, largest, 1.0)
+    residual = residual / unit
+    product = InnerProduct(weight, residual.shape, residual.dtype)
+    if guessed and mu.shape[-2] == 1:
         # The slowest mode is known: 1, or d for the transpose. The error of a signal has none of it, but
         # that of another first guess may; taking it out costs no product.
         mode = (log_weight.amin(-2, keepdim=True) - log_weight).to(wide).exp()
         if operator.stochastic == "rows":
             mode = torch.ones_like(mode)
-        share, length = inner(weight, residual, mode), inner(weight, mode, mode)
+        length, mode = inner(weight, mode, mode), mode.to(rhs.dtype)
+        share = product(residual, mode)
         # No more than rounding is none: nodes that a signal does not reach stay at exactly 0.
-        large = share.abs() > 1e-6 * (length * inner(weight, residual, residual)).sqrt()
+        large = share.abs() > product.accuracy * (length * product(residual, residual)).sqrt()
         if bool(large.any()):
-            part = torch.where(large, share / length, 0.0) * mode
-            residual = residual - part.to(rhs.dtype)
-            y = y + (part / (1 - mu)).to(rhs.dtype)
-    return weight, y, residual
+            part = torch.where(large, share / length, 0.0).to(rhs.dtype)
+            residual.addcmul_(mode, -part)
+            y = torch.addcmul(y, mode, part * unit / (1 - mu))
+    return Start(product, y, residual, unit)
 
 
 def allowance(state: Weighted, target: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:

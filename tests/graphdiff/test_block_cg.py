@@ -217,7 +217,7 @@ def test_signals_are_not_solved_some_at_a_time(monkeypatch):
     P, s = gd.grid_transition(randn(3, 12, 15), beta=0.5), randn(180, 10)
     whole = gd.solve(P, s, 0.99, solver=BLOCK)
     monkeypatch.setattr(base, "CACHED", 0)
-    monkeypatch.setattr(base, "NARROW", 2)
+    monkeypatch.setattr(base, "FEWEST", {torch.float32: 2, torch.float64: 2})
     assert torch.equal(gd.solve(P, s, 0.99, solver=BLOCK).value, whole.value)
     assert (whole.steps < gd.solve(P, s, 0.99, solver=CG).steps).all()
 

@@ -41,7 +41,10 @@ def diffuse_from(name, solver, transposed):
     edges = (instance(name)[0] != 0).double()
 
     # Solvers for reversible walks alone want the perturbed affinity symmetric too.
-    symmetric = solver in ("CG", "BlockCG", "Chebyshev", "Multigrid") and edges.shape[-1] == edges.shape[-2]
+    symmetric = (
+        solver in ("CG", "BlockCG", "MixedPrecision", "Chebyshev", "Multigrid")
+        and edges.shape[-1] == edges.shape[-2]
+    )
 
     def function(leaf, s, mu):
         leaf = (leaf + leaf.mT) / 2 if symmetric else leaf

@@ -129,7 +129,7 @@ def test_what_progress_raises_ends_the_solve(chain):
 def narrow(monkeypatch):
     """Two channels at a time."""
     monkeypatch.setattr(base, "CACHED", 0)
-    monkeypatch.setattr(base, "NARROW", 2)
+    monkeypatch.setattr(base, "FEWEST", {torch.float32: 2, torch.float64: 2})
 
 
 FIELDS = ("value", "lower", "upper", "error_bound", "converged", "steps", "matvecs")

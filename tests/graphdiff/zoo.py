@@ -264,6 +264,7 @@ SOLVERS: dict[str, gd.solvers.Solver | gd.solvers.Auto] = {
     "Chebyshev": gd.solvers.Chebyshev(),
     "CG": gd.solvers.CG(),
     "BlockCG": gd.solvers.BlockCG(),
+    "MixedPrecision": gd.solvers.MixedPrecision(),
     "BiCGSTAB": gd.solvers.BiCGSTAB(),
     "Shifted": gd.solvers.Shifted(),
     "Push": gd.solvers.Push(),
@@ -278,6 +279,8 @@ def applies(solver: gd.solvers.Solver | gd.solvers.Auto, P: gd.Transition, mus: 
 
     Some need reversible walks, some sparse ones, some one µ, and say so.
     """
+    if isinstance(solver, gd.solvers.MixedPrecision):
+        return applies(solver.inner, P, mus)
     if isinstance(solver, gd.solvers.BlockCG) and mus > 1:
         return False
     if isinstance(solver, gd.solvers.Multigrid | gd.solvers.Push) and not P.sparse:
