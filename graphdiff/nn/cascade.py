@@ -101,7 +101,7 @@ class CascadedWalk(nn.Module):
     """Carries a seed over the nodes by T walks, each with its own transition, µ and β (Eq. 5).
 
     The transitions come from T feature maps of any sizes, from T sets of node features, or are given
-    ready. No N×N matrix is built.
+    ready. No N×N matrix is built, but for a small one (`AttentionTransition` says when).
 
     Args:
         feature_channels: Channels C_t of the T features; None with `steps`.

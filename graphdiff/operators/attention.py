@@ -1,7 +1,8 @@
 """P = softmax(scale · ψψᵀ): the walk of DifNet's features, never stored as a matrix.
 
 Behind it are three operations, on ψ [B, N, d] (√scale·ψ), weights w [B, N] of the nodes (1, or 0 at padded
-ones) and signals [B, N, K], each computed by `strips` in O(N) memory:
+ones) and signals [B, N, K], each computed by `strips` in O(N) memory; but where the matrix is small and
+several threads share the work, it is built, and kept for the backward, for that is faster:
 
     attention             lse_i = log Σ_j w_j exp(ψ_i·ψ_j),   P_ij = w_j exp(ψ_i·ψ_j − lse_i),   value = P y
     attention_transposed  Pᵀ v
@@ -27,13 +28,17 @@ from graphdiff.operators.base import Transition
 from graphdiff.operators.dense import whole_lines
 from graphdiff.operators.held import HeldTransition
 
+# A matrix of so many bytes is faster built, where there are threads for it.
+WHOLE = 2**24
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AttentionTransition(Transition):
     """The reversible walk P[i, j] ∝ exp(scale · ψ_i·ψ_j).
 
-    Memory is O(N(d + K)) for a product with K signals, forward and backward. exp(scale · ψ_i·ψ_j) is a
-    positive semi-definite kernel, so every eigenvalue of P lies in [0, 1].
+    Memory is O(N(d + K)) for a product with K signals, forward and backward, except on a CPU with several
+    threads where the matrix takes at most 16 MB (N = 2048 in float32): it is faster then, and is kept for the
+    backward. exp(scale · ψ_i·ψ_j) is a positive semi-definite kernel: every eigenvalue of P lies in [0, 1].
 
     Args:
         psi: Features ψ, shape [..., N, d]. Half precision is multiplied in float32: near 64, where the
@@ -191,7 +196,7 @@ def attention(psi: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         value [..., N, K] and lse [..., N], in the dtype of `y`; computed in float32 at least.
     """
     batch, flat = _flattened(psi, weight, y)
-    value, lse = _attention(*flat)
+    value, lse, _ = _attention(*flat, _whole(flat[0]))
     return value.reshape(*batch, *y.shape[-2:]).to(y.dtype), lse.reshape(*batch, y.shape[-2]).to(y.dtype)
 
 
@@ -205,8 +210,8 @@ def attention_transposed(psi: Tensor, weight: Tensor, lse: Tensor, v: Tensor) ->
 def attention_vjp(psi: Tensor, weight: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """P y, and the gradient of Σ g ⊙ P y in ψ; both differentiable."""
     batch, (flat_psi, flat_weight, flat_y, flat_g) = _flattened(psi, weight, y, g)
-    value, lse = _attention(flat_psi, flat_weight, flat_y)
-    given = flat_psi, flat_weight, flat_y, value, lse, flat_g, torch.zeros_like(lse)
+    value, lse, P = _attention(flat_psi, flat_weight, flat_y, _whole(flat_psi))
+    given = flat_psi, flat_weight, flat_y, value, lse, P, flat_g, torch.zeros_like(lse)
     g_psi = _attention_backward(*given)[0].reshape(*batch, *psi.shape[-2:])
     return value.reshape(*batch, *value.shape[-2:]).to(y.dtype), g_psi.sum_to_size(psi.shape)
 
@@ -246,16 +251,28 @@ def _as_alone(x: Tensor) -> Tensor:
     )
 
 
-def _attention_shapes(psi: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape), y.new_empty(y.shape[:-1])
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _whole(psi: Tensor) -> bool:
+    """Whether to build the matrix: strips have many short operations, which threads hardly make faster."""
+    small = psi.shape[-2] ** 2 * psi.element_size() <= WHOLE
+    return small and psi.device.type == "cpu" and torch.get_num_threads() > 1
+
+
+def _attention_shapes(psi: Tensor, weight: Tensor, y: Tensor, whole: bool) -> tuple[Tensor, Tensor, Tensor]:
+    kept = psi.shape[-2] if whole else 0
+    return y.new_empty(y.shape), y.new_empty(y.shape[:-1]), y.new_empty(len(y), kept, kept)
 
 
 @torch.library.custom_op("graphdiff::attention", mutates_args=())
-def _attention(psi: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _attention(psi: Tensor, weight: Tensor, y: Tensor, whole: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, log-sum-exp, and P where it is to be kept."""
     if len(psi) == 0:
-        return _attention_shapes(psi, weight, y)
+        return _attention_shapes(psi, weight, y, whole)
+    if whole:
+        value, lse, P = _each(strips.whole_forward, psi, weight, y)
+        return value, lse, P
     value, lse = _each(strips.forward, psi, weight, y)
-    return value, lse
+    return value, lse, value.new_empty(len(psi), 0, 0)
 
 
 _attention.register_fake(_attention_shapes)
@@ -276,32 +293,52 @@ _attention_transposed.register_fake(_attention_transposed_shape)
 
 
 def _attention_backward_shapes(
-    psi: Tensor, weight: Tensor, y: Tensor, value: Tensor, lse: Tensor, g_value: Tensor, g_lse: Tensor
+    psi: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    P: Tensor,
+    g_value: Tensor,
+    g_lse: Tensor,
 ) -> tuple[Tensor, Tensor]:
     return psi.new_empty(psi.shape), y.new_empty(y.shape)
 
 
 @torch.library.custom_op("graphdiff::attention_backward", mutates_args=())
 def _attention_backward(
-    psi: Tensor, weight: Tensor, y: Tensor, value: Tensor, lse: Tensor, g_value: Tensor, g_lse: Tensor
+    psi: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    P: Tensor,
+    g_value: Tensor,
+    g_lse: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    """∂ψ and ∂y, from P [B, N, N] where that was kept, [B, 0, 0] where not."""
     if len(psi) == 0:
-        return _attention_backward_shapes(psi, weight, y, value, lse, g_value, g_lse)
-    g_psi, g_y = _each(strips.backward, psi, weight, y, value, lse, g_value, g_lse)
+        return _attention_backward_shapes(psi, weight, y, value, lse, P, g_value, g_lse)
+    if P.numel():
+        g_psi, g_y = _each(strips.whole_backward, psi, y, value, P, g_value, g_lse)
+    else:
+        g_psi, g_y = _each(strips.backward, psi, weight, y, value, lse, g_value, g_lse)
     return g_psi, g_y
 
 
 _attention_backward.register_fake(_attention_backward_shapes)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, _ = inputs
     # The outputs are saved with their graph: without it second derivatives would miss d lse.
-    ctx.save_for_backward(*inputs, *output)
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[2])
 
 
-def _backward(ctx: Any, g_value: Tensor, g_lse: Tensor) -> tuple[Tensor, None, Tensor]:
+def _backward(ctx: Any, g_value: Tensor, g_lse: Tensor, _: Tensor) -> tuple[Tensor, None, Tensor, None]:
     g_psi, g_y = _attention_backward(*ctx.saved_tensors, g_value, g_lse)
-    return g_psi, None, g_y
+    return g_psi, None, g_y, None
 
 
 def _save_transposed(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -312,8 +349,8 @@ def _save_transposed(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> No
 def _backward_transposed(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, Tensor]:
     psi, weight, v = ctx.saved_tensors
     # g·(Pᵀ v) is v·(P g): its gradients are those of the product P g with v for the cotangent.
-    value, lse = _attention(psi, weight, g)
-    g_psi, _ = _attention_backward(psi, weight, g, value, lse, v, torch.zeros_like(lse))
+    value, lse, P = _attention(psi, weight, g, _whole(psi))
+    g_psi, _ = _attention_backward(psi, weight, g, value, lse, P, v, torch.zeros_like(lse))
     return g_psi, None, None, value
 
 
@@ -339,7 +376,14 @@ _attention_backward.register_autograd(_double_backward, setup_context=_save_inpu
 
 
 def _differentiable_backward(
-    psi: Tensor, weight: Tensor, y: Tensor, value: Tensor, lse: Tensor, g_value: Tensor, g_lse: Tensor
+    psi: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    P: Tensor,
+    g_value: Tensor,
+    g_lse: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """∂ψ and ∂y, a block of rows at a time, each computed again rather than kept: no N×N matrix either."""
     h = g_lse - (g_value * value).sum(-1)

@@ -113,6 +113,28 @@ def backward(
     return _unordered(g_psi, order), weight * _unordered(g_y, order)
 
 
+def whole_forward(psi: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """P y [N, K], lse [N] and P [N, N]: all of it at once."""
+    logits = torch.addmm(weight.log().mT, psi, psi.mT)
+    P = logits.softmax(-1)
+    # Any entry of a row tells it, and the diagonal's are had without looking at the others.
+    own = P.diagonal()
+    lse = logits.diagonal() - own.log()
+    lost = own < math.exp(FLOOR[P.dtype])
+    if bool(lost.any()):
+        lse[lost] = logits[lost].logsumexp(-1)
+    return P @ y, lse, P
+
+
+def whole_backward(
+    psi: Tensor, y: Tensor, value: Tensor, P: Tensor, g_value: Tensor, g_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """∂ψ [N, d] and ∂y [N, K] from P."""
+    h = g_lse - (g_value * value).sum(-1)
+    G = torch.addmm(h.unsqueeze(-1), g_value, y.mT).mul_(P)
+    return torch.addmm(G @ psi, G.mT, psi), P.mT @ g_value
+
+
 def matrix(psi: Tensor, weight: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """P, filled up with 0 to [width, width], and lse [N]."""
     nodes, log_weight = len(psi), weight.log().mT

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 import graphdiff as gd
+from graphdiff.operators import attention as attention_module
 from graphdiff.operators import held as held_module
 from graphdiff.operators import strips
 from graphdiff.operators.attention import (
@@ -127,6 +128,15 @@ def test_affinities_of_any_size_are_normalised():
 # --- attention: value, log-sum-exp, transposed product, every gradient
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    """With several threads small matrices are built."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 def dense_attention(psi, weight, y):
     logits = psi @ psi.mT + weight.log().mT
     P = torch.softmax(logits, -1)
@@ -138,19 +148,20 @@ def dense_attention(psi, weight, y):
     d=st.integers(1, 5),
     channels=st.integers(0, 7),
     size=st.sampled_from([0.1, 1.0, 3.0, 12.0]),
-    rows=st.sampled_from([1, 4, 128]),
+    rows=st.sampled_from([1, 4, 128, "whole"]),
     hidden=st.integers(0, 5),
 )
 def test_attention_equals_the_dense_softmax_in_value_and_all_gradients(
     nodes, d, channels, size, rows, hidden
 ):
-    """With strips of every length, logits that range over thousands, and nodes that do not count."""
+    """Strips of every length or the whole matrix, logits ranging over thousands, nodes that do not count."""
     weight = (torch.arange(nodes) >= min(hidden, nodes - 1)).double().unsqueeze(-1)
     lengths = torch.rand(2, nodes, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     psi = weight * size * lengths * randn(2, nodes, d)
     leaves = [psi.requires_grad_(), randn(2, nodes, channels, seed=5).requires_grad_()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(strips, "ROWS", rows)
+        patch.setattr(torch, "get_num_threads", lambda: 2 if rows == "whole" else 1)
+        patch.setattr(strips, "ROWS", 1 if rows == "whole" else rows)
         patch.setattr(strips, "CACHED_ELEMENTS", 0)
 
         def found(psi, y):
@@ -169,7 +180,7 @@ def test_attention_equals_the_dense_softmax_in_value_and_all_gradients(
         torch.testing.assert_close(g_y, expected_y, rtol=1e-10, atol=1e-10 * scale)
 
 
-def test_attention_where_the_largest_logit_of_a_row_is_not_found_in_the_sample():
+def test_attention_where_the_largest_logit_of_a_row_is_not_found_in_the_sample(threads):
     """Short nodes along e₁, whose best partners are hidden behind longer ones that they do not see."""
     psi = torch.zeros(200, 3)
     psi[:5, 0], psi[5:100, 0], psi[100:, 1] = 1.0, 200.0, 201.0
@@ -182,7 +193,7 @@ def test_attention_where_the_largest_logit_of_a_row_is_not_found_in_the_sample()
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-2)
 
 
-def test_attention_derivatives_of_every_order():
+def test_attention_derivatives_of_every_order(threads):
     psi, y = randn(2, 5, 2).requires_grad_(), randn(2, 5, 3).requires_grad_()
 
     def both(psi, y):
@@ -194,14 +205,33 @@ def test_attention_derivatives_of_every_order():
     assert gradcheck(lambda psi: gd.AttentionTransition(psi).rows([0, 3]), (psi,))
 
 
-def test_attention_is_a_well_behaved_operator_of_torch():
+@pytest.mark.parametrize("whole", [False, True])
+def test_attention_is_a_well_behaved_operator_of_torch(whole):
     psi, y = randn(2, 6, 3).requires_grad_(), randn(2, 6, 4).requires_grad_()
     weight = torch.ones(2, 6, 1, dtype=torch.float64)
-    value, lse = _attention(psi, weight, y)
-    torch.library.opcheck(_attention, (psi, weight, y))
+    value, lse, P = _attention(psi, weight, y, whole)
+    torch.library.opcheck(_attention, (psi, weight, y, whole))
     torch.library.opcheck(_attention_transposed, (psi, weight, lse.detach().unsqueeze(-1), y))
-    backward = [x.detach().requires_grad_() for x in (y, value, lse, value, lse)]
-    torch.library.opcheck(_attention_backward, (psi, weight, *backward))
+    y, value, lse = (x.detach().requires_grad_() for x in (y, value, lse))
+    torch.library.opcheck(_attention_backward, (psi, weight, y, value, lse, P, value, lse))
+
+
+def test_the_matrix_is_kept_where_it_is_small_and_threads_share_the_work(monkeypatch):
+    """And there alone, for it is the memory of the backward."""
+    psi, y = randn(2, 40, 3).requires_grad_(), randn(2, 40, 2)
+
+    def kept():
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape[-2:]) or x, lambda x: x):
+            gd.AttentionTransition(psi) @ y
+        return (40, 40) in saved
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert not kept()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert kept()
+    monkeypatch.setattr(attention_module, "WHOLE", 40 * 40 * 8 - 1)
+    assert not kept()
 
 
 def test_attention_in_half_precision_multiplies_in_float32():
@@ -218,7 +248,7 @@ def test_attention_in_half_precision_multiplies_in_float32():
     assert (product.double() - exact).abs().max() < 1e-5
 
 
-def test_hub_attention_is_stable_where_degrees_span_hundreds_of_orders():
+def test_hub_attention_is_stable_where_degrees_span_hundreds_of_orders(threads):
     psi = randn(30, 4) * torch.linspace(1, 12, 30, dtype=torch.float64).unsqueeze(-1)
     spread = gd.AttentionTransition(psi).log_degree
     assert spread.max() - spread.min() > 400
@@ -266,7 +296,7 @@ def test_memory_of_attention_does_not_grow_with_the_square_of_nodes():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [5, 13, 33, 64, 131])
-def test_batch_mates_do_not_change_a_bit_of_a_product(n, dtype):
+def test_batch_mates_do_not_change_a_bit_of_a_product(n, dtype, threads):
     """Sizes that are and are not whole lines of memory: that is where kernels begin to round differently."""
     for channels, d in ((1, 5), (5, 20), (21, 64)):
         psi, y = randn(3, n, d, dtype=dtype), randn(3, n, channels, dtype=dtype)
