@@ -17,7 +17,7 @@ from torch import Tensor
 from graphdiff import checks
 from graphdiff.diffusion import Scaling, solve_scaled
 from graphdiff.implicit import OnFailure
-from graphdiff.operators.base import Transition
+from graphdiff.operators.base import Transition, check_transition
 from graphdiff.solution import Progress, Solution
 from graphdiff.solvers.auto import Auto
 from graphdiff.solvers.base import Solver
@@ -255,11 +255,7 @@ def energy(
 
 def _reversible(P: Transition) -> Transition:
     """The walk whose S is wanted: that of a transpose is that of the original."""
-    if not isinstance(P, Transition):
-        raise TypeError(
-            f"P: expected a Transition, got {type(P).__name__}; wrap a symmetric matrix of weights with "
-            "DenseTransition.from_affinity(W)"
-        )
+    check_transition(P)
     if not P.reversible:
         raise ValueError(
             f"P: expected a walk known to be reversible, got {P}; only a symmetric affinity has a symmetric "
