@@ -87,7 +87,8 @@ def harmonic(
 
     Returns:
         A `Solution` in the maximum norm; its `value` is differentiable in the clamped values and in P's
-        tensors. Steps and products count those of the weight too.
+        tensors. Steps and products count those of the weight too. Where few nodes of a large graph carry
+        labels, one column for each class, compare ``value / value.sum(0)``: the columns are nearly constant.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.

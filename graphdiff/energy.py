@@ -41,7 +41,8 @@ def solve_symmetric(
     .. math:: y = (1 - \mu)(I - \mu S)^{-1} s, \quad S = D^{-1/2} W D^{-1/2} = D^{1/2} P D^{-1/2}
 
     This is label spreading (Zhou et al. 2004, up to the factor 1 − µ) and the propagation of personalised
-    PageRank networks (APPNP, Gasteiger et al. 2019). A constant does not stay one: √d does.
+    PageRank networks (APPNP, Gasteiger et al. 2019). A constant does not stay one: √d does. With one column
+    of labels for each class compare ``y / y.sum(0)``: near µ = 1 every column is nearly a multiple of √d.
 
     The promise is that of `solve`, ‖y − y*‖∞ ≤ tol·‖s‖∞, y* that of the degrees that P states. Where they
     differ so much that the bound of z, with y = √d·z, cannot keep it, a bound of y itself is computed, by a
