@@ -11,7 +11,7 @@ it is; at last everything together, beside a copy without new layers. mIoU is th
 
     python examples/refine.py --network timm --steps 300 --more-steps 150
 
-Needs graphdiff[segmentation]. About a minute on one core, far too short to judge what is best in the end.
+Needs the extra [segmentation]. About a minute on one core, far too short to judge what is best in the end.
 """
 
 import argparse

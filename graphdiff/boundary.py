@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from graphdiff import checks
-from graphdiff.diffusion import check_transition, default_tol
+from graphdiff.diffusion import default_tol
 from graphdiff.implicit import Call, OnFailure, Outcome, concluded, ending, implicit_solve, spent
-from graphdiff.operators.base import Transition
+from graphdiff.operators.base import Transition, check_transition
 from graphdiff.operators.dense import DenseTransition
 from graphdiff.operators.grid import grid_walk
 from graphdiff.operators.sparse import SparseTransition
@@ -87,7 +87,8 @@ def harmonic(
 
     Returns:
         A `Solution` in the maximum norm; its `value` is differentiable in the clamped values and in P's
-        tensors. Steps and products count those of the weight too.
+        tensors. Steps and products count those of the weight too. Where few nodes of a large graph carry
+        labels, one column for each class, compare ``value / value.sum(0)``: the columns are nearly constant.
 
     Raises:
         TypeError: An argument is of the wrong type or dtype.
@@ -465,24 +466,19 @@ def _prepared(solver: Solver, operator: Transition, mu: Tensor, earlier: Any) ->
 
 def _check_reachable(P: Transition, clamped: Tensor) -> None:
     """From every free node some walk leads to a clamped one."""
+    lost = _out_of_reach(P, clamped)
+    if bool(lost.any()):
+        raise ValueError(
+            f"mask: expected a clamped node to be within reach of every free one, got {_named(lost)} from "
+            "which none is; clamp a node of each such component, or leave these nodes out"
+        )
+
+
+def _out_of_reach(P: Transition, clamped: Tensor) -> Tensor:
+    """From which nodes no walk leads to one of the clamped [..., N, 1], bool [..., N]."""
     with torch.no_grad():
         reached = _reached_by_edges(P, clamped) if P.sparse else _reached_by_products(P, clamped)
-    lost = ~reached.squeeze(-1)
-    if not bool(lost.any()):
-        return
-    raise _Unreachable(
-        f"mask: expected a clamped node to be within reach of every free one, got {_named(lost)} from which "
-        "none is; clamp a node of each such component, or leave these nodes out",
-        lost,
-    )
-
-
-class _Unreachable(ValueError):
-    """Also holds which nodes are out of reach, bool [..., N]."""
-
-    def __init__(self, message: str, lost: Tensor) -> None:
-        super().__init__(message)
-        self.lost = lost
+    return ~reached.squeeze(-1)
 
 
 def _named(which: Tensor, what: str = "nodes") -> str:
@@ -647,10 +643,13 @@ def random_walker(
             progress=progress,
             on_failure=on_failure,
         )
-    except _Unreachable as error:
+    except ValueError:
+        lost = _out_of_reach(P, marks.reshape(-1, 1) != 0)
+        if not bool(lost.any()):
+            raise
         raise ValueError(
             "seeds: expected a way to a seed from every pixel, got "
-            f"{_named(error.lost.reshape(sides), 'pixels')} that those left out cut off; leave them out too, "
+            f"{_named(lost.reshape(sides), 'pixels')} that those left out cut off; leave them out too, "
             "with a negative number, or seed them"
         ) from None
     best = names[solution.value.detach().argmax(-1)].reshape(sides)

@@ -122,8 +122,13 @@ def signal(s: object, nodes: int, name: str = "s") -> Tensor:
     if s.ndim == 1:
         s = s.unsqueeze(-1)
     if s.ndim == 0 or s.shape[-1] == 0 or s.shape[-2] != nodes:
+        what = ""
+        if s.numel() == nodes:
+            what = f"; a map of pixels is a signal as {name}.flatten()"
+        elif s.ndim > 2 and s.shape[-2] * s.shape[-1] == nodes:
+            what = f"; maps [..., K, H, W] are a signal as {name}.flatten(-2).mT"
         raise ValueError(
-            f"{name}: expected shape [..., N, K] or [N] with N = {nodes} nodes and K ≥ 1, got {given}"
+            f"{name}: expected shape [..., N, K] or [N] with N = {nodes} nodes and K ≥ 1, got {given}{what}"
         )
     return s
 

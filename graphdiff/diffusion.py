@@ -9,7 +9,7 @@ from torch import Tensor
 
 from graphdiff import checks
 from graphdiff.implicit import Call, Ending, OnFailure, Outcome, concluded, ending, implicit_solve, spent
-from graphdiff.operators.base import Transition
+from graphdiff.operators.base import Transition, check_transition
 from graphdiff.solution import Norm, Progress, Solution
 from graphdiff.solvers.auto import Auto, chosen
 from graphdiff.solvers.base import Budget, Solver, norm_of, size
@@ -351,15 +351,6 @@ def solve_path(
         progress=progress,
         on_failure=on_failure,
     )
-
-
-def check_transition(P: object) -> None:
-    """`P` is a transition."""
-    if not isinstance(P, Transition):
-        raise TypeError(
-            f"P: expected a Transition, got {type(P).__name__}; wrap a matrix with DenseTransition(P) or "
-            "DenseTransition.from_affinity(W), features with AttentionTransition(psi)"
-        )
 
 
 def default_tol(dtype: torch.dtype) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from graphdiff import checks
 from graphdiff.diffusion import Scaling, solve_scaled
 from graphdiff.implicit import OnFailure
-from graphdiff.operators.base import Transition
+from graphdiff.operators.base import Transition, check_transition
 from graphdiff.solution import Progress, Solution
 from graphdiff.solvers.auto import Auto
 from graphdiff.solvers.base import Solver
@@ -41,7 +41,8 @@ def solve_symmetric(
     .. math:: y = (1 - \mu)(I - \mu S)^{-1} s, \quad S = D^{-1/2} W D^{-1/2} = D^{1/2} P D^{-1/2}
 
     This is label spreading (Zhou et al. 2004, up to the factor 1 − µ) and the propagation of personalised
-    PageRank networks (APPNP, Gasteiger et al. 2019). A constant does not stay one: √d does.
+    PageRank networks (APPNP, Gasteiger et al. 2019). A constant does not stay one: √d does. With one column
+    of labels for each class compare ``y / y.sum(0)``: near µ = 1 every column is nearly a multiple of √d.
 
     The promise is that of `solve`, ‖y − y*‖∞ ≤ tol·‖s‖∞, y* that of the degrees that P states. Where they
     differ so much that the bound of z, with y = √d·z, cannot keep it, a bound of y itself is computed, by a
@@ -255,11 +256,7 @@ def energy(
 
 def _reversible(P: Transition) -> Transition:
     """The walk whose S is wanted: that of a transpose is that of the original."""
-    if not isinstance(P, Transition):
-        raise TypeError(
-            f"P: expected a Transition, got {type(P).__name__}; wrap a symmetric matrix of weights with "
-            "DenseTransition.from_affinity(W)"
-        )
+    check_transition(P)
     if not P.reversible:
         raise ValueError(
             f"P: expected a walk known to be reversible, got {P}; only a symmetric affinity has a symmetric "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graphdiff import checks
-from graphdiff.operators.base import Transition
+from graphdiff.operators.base import Transition, check_transition
 from graphdiff.solvers.base import inner
 
 # Enough for the ends of most spectra to two digits; a wider gap shows earlier and ends the work.
@@ -71,10 +71,7 @@ def estimate(P: Transition, mu: float | Tensor, tol: float | None = None) -> Est
         >>> found.products["Walk"] > found.products["CG"]
         True
     """
-    if not isinstance(P, Transition):
-        raise TypeError(
-            f"P: expected a Transition, got {type(P).__name__}; wrap a matrix with DenseTransition"
-        )
+    check_transition(P)
     if P.restarts:
         raise ValueError(f"P: {P} restarts at a signal; bind one with P.restarting_at(distribution)")
     checks.some_graph(P.shape[:-2], "P")

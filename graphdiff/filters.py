@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from graphdiff import checks
-from graphdiff.diffusion import check_transition, default_tol
+from graphdiff.diffusion import default_tol
 from graphdiff.implicit import OnFailure, Outcome, Spent, concluded, ending
-from graphdiff.operators.base import Transition
+from graphdiff.operators.base import Transition, check_transition
 from graphdiff.solution import Solution
 from graphdiff.solvers.base import norm_of, size
 

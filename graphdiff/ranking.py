@@ -9,7 +9,7 @@ from torch import Tensor
 from graphdiff import checks
 from graphdiff.diffusion import solve
 from graphdiff.implicit import OnFailure
-from graphdiff.operators.base import Transition
+from graphdiff.operators.base import Transition, check_transition
 from graphdiff.solution import Progress, Solution
 from graphdiff.solvers.auto import Auto
 from graphdiff.solvers.base import Solver
@@ -69,11 +69,7 @@ def pagerank(
         >>> gd.pagerank(P, torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64), mu=0.5).value
         tensor([0.3333, 0.0833, 0.5833], dtype=torch.float64)
     """
-    if not isinstance(P, Transition):
-        raise TypeError(
-            f"P: expected a Transition, got {type(P).__name__}; wrap a matrix of weights with "
-            "DenseTransition.from_affinity(W)"
-        )
+    check_transition(P)
     if P.stochastic != "rows":
         raise ValueError(
             f"P: expected a walk, whose rows sum to 1, got {type(P).__name__}, whose columns do; give the "

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from graphdiff import checks
 from graphdiff.implicit import OnFailure
-from graphdiff.operators.base import Transition
+from graphdiff.operators.base import Transition, check_transition
+from graphdiff.operators.sparse import SparseTransition
 from graphdiff.solution import ConvergenceError, ConvergenceWarning
 from graphdiff.solvers.push import FALL, Array, Region
 
@@ -372,21 +373,19 @@ def _reached(P: Transition, source: int) -> Array:
     return np.sort(found.astype(np.int64))
 
 
-def _check_walk(P: object) -> None:
-    if not isinstance(P, Transition):
-        raise TypeError(
-            f"P: expected a Transition, got {type(P).__name__}; build one with "
-            "SparseTransition.from_edge_index or SparseTransition.from_scipy"
-        )
+def _check_walk(P: Transition) -> None:
+    check_transition(P)
     if P.stochastic != "rows":
         raise ValueError(
             f"P: expected a walk, whose rows sum to 1, got {type(P).__name__}, whose columns do; give the "
             "walk itself (P.T of this one), top_k transposes it"
         )
     if not P.sparse:
+        jumps = isinstance(P, SparseTransition)
+        what = 'a jump reaches every node, so build it with dangling="self", or ' if jumps else ""
         raise TypeError(
-            f"P: expected a sparse walk, whose rows are short lists, got {P}; a jump reaches every node, so "
-            'build it with dangling="self", or rank the answer of pagerank'
+            f"P: expected a sparse walk, whose rows are short lists, got {P}; {what}rank the answer of "
+            "pagerank"
         )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from segmentation.inference import Segmenter
 
-# What `pip install "graphdiff[segmentation]"` brings, by the name it is imported under.
+# What the extra [segmentation] brings, by the name it is imported under.
 _NEEDED = {
     "torchvision": "torchvision",
     "timm": "timm",
@@ -28,8 +28,8 @@ _NEEDED = {
 _missing = [package for module, package in _NEEDED.items() if find_spec(module) is None]
 if _missing:
     raise ImportError(
-        f"segmentation needs {', '.join(_missing)}, not installed here: "
-        'pip install "graphdiff[segmentation]" brings what it needs'
+        f"segmentation needs {', '.join(_missing)}, not installed here: pip install {' '.join(_missing)}, "
+        'or pip install ".[segmentation]" in a clone of graphdiff'
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from segmentation.config import Config
-from segmentation.errors import UsageError
+from segmentation.errors import UsageError, first_of
 from segmentation.files import whole
 
 FORMAT = "graphdiff-segmentation-1"
@@ -151,8 +151,8 @@ def start_from(model: nn.Module, path: Path, classes: tuple[str, ...]) -> list[s
         )
     elif description.classes != classes:
         lines.append(
-            f"warning: its classes have other names ({', '.join(description.classes[:4])}, ... against "
-            f"{', '.join(classes[:4])}, ...); its classifier is kept"
+            f"warning: its classes have other names ({first_of(description.classes)} against "
+            f"{first_of(classes)}); its classifier is kept"
         )
     return lines
 
@@ -199,8 +199,8 @@ def check_same_run(state: dict[str, Any], config: Config, classes: tuple[str, ..
             )
     if tuple(state["classes"]) != classes:
         raise UsageError(
-            f"--resume {path} was trained on the classes {', '.join(state['classes'][:4])}, ..., the data "
-            f"has {', '.join(classes[:4])}, ...: give --data-path the data it was trained on"
+            f"--resume {path} was trained on the classes {first_of(state['classes'])}; the data has "
+            f"{first_of(classes)}: give --data-path the data it was trained on"
         )
 
 

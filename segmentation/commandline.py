@@ -28,7 +28,7 @@ Fusion = Annotated[
 CRF = Annotated[
     Literal["none", "builtin", "pydensecrf2"],
     typer.Option(
-        "--crf", help="Dense CRF on the full-size probabilities; pydensecrf2 needs the extra graphdiff[crf]."
+        "--crf", help="Dense CRF on the full-size probabilities; pydensecrf2 needs the extra [crf]."
     ),
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]

@@ -37,7 +37,7 @@ class DenseCRF:
         colour_sigma: deviation of red, green and blue in G₂, in levels from 0 to 255.
         floor: smaller probabilities count as this one, so that no class is out of the question.
         backend: "builtin" runs where the logits lie; "pydensecrf2" is the peer, on the CPU, from the extra
-            ``graphdiff[crf]``.
+            ``[crf]``.
 
     Raises:
         UsageError: pydensecrf2 is asked for and not installed.
@@ -78,8 +78,8 @@ class DenseCRF:
             raise ValueError(f'backend: expected "builtin" or "pydensecrf2", got {self.backend!r}')
         if self.backend == "pydensecrf2" and find_spec("pydensecrf") is None:
             raise UsageError(
-                "pydensecrf2 is not installed: pip install 'graphdiff[crf]', which compiles C++, or use "
-                "--crf builtin"
+                "pydensecrf2 is not installed: pip install pydensecrf2, which compiles C++, or use --crf "
+                "builtin"
             )
 
     def __str__(self) -> str:

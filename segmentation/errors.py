@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -27,3 +27,8 @@ def told_in_one_line() -> Iterator[None]:
         who = f"process {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         print(f"error: {who}{str(fault).rsplit('UsageError: ', 1)[-1].strip()}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def first_of(names: Sequence[str], most: int = 4) -> str:
+    """The first of some names as messages tell them: ``cat, dog, ...``, with dots where others follow."""
+    return ", ".join((*names[:most], "...") if len(names) > most else names)

@@ -19,7 +19,7 @@ from segmentation.data import SegmentationDataset
 from segmentation.data.folder import FolderDataset
 from segmentation.data.shapes import ShapesDataset
 from segmentation.data.transforms import evaluation_transform, padded_side
-from segmentation.errors import UsageError
+from segmentation.errors import UsageError, first_of
 from segmentation.images import to_tensor
 from segmentation.models import MSC_SCALES
 
@@ -71,8 +71,8 @@ def scored_dataset(
     dataset = engine.build_dataset(config, split)
     if dataset.classes != about.classes:
         raise UsageError(
-            f"{checkpoint} knows {len(about.classes)} classes ({', '.join(about.classes[:4])}, ...), "
-            f"the data has {len(dataset.classes)} ({', '.join(dataset.classes[:4])}, ...): "
+            f"{checkpoint} knows {len(about.classes)} classes ({first_of(about.classes)}), "
+            f"the data has {len(dataset.classes)} ({first_of(dataset.classes)}): "
             "give --data-path the data it was trained for"
         )
     return dataset

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from segmentation import commandline
-from segmentation.errors import UsageError
+from segmentation.errors import UsageError, first_of
 from segmentation.files import told
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -86,7 +86,7 @@ def predict(
     if voc_submission and about.classes != VOC_CLASSES:
         raise UsageError(
             f"--voc-submission: {checkpoint} knows {len(about.classes)} classes "
-            f"({', '.join(about.classes[:4])}, ...), the server wants VOC's 21 in their order: name a "
+            f"({first_of(about.classes)}), the server wants VOC's 21 in their order: name a "
             "checkpoint trained on them"
         )
     place, size = next(model.parameters()).device, scored_size(about.config)

@@ -237,16 +237,16 @@ def train(config: Config, resume: str | None = None, overwrite: bool = False) ->
                     f"python -m segmentation.train --config {run.config} --resume auto"
                 )
                 return number
+            if rank == 0:
+                # Here still, so that a signal does not end a run that is done but for its picture.
+                assert scores is not None  # the last step is always scored
+                chosen = loader.spread(len(validation_set), PANEL_IMAGES)
+                panel(trainer.scored, validation_set, chosen, run.panel)
+                _report(config, trainer.scored, scores, at.best_miou, classes, run)
     except WriteFault as fault:
         raise UsageError(f"{fault}; {left()}") from None
     except processes.Lost as fault:
         raise UsageError(f"{fault}; {left()}") from fault
-    if rank > 0:
-        return 0
-    assert scores is not None  # the last step is always scored
-    chosen = loader.spread(len(validation_set), PANEL_IMAGES)
-    panel(trainer.scored, validation_set, chosen, run.panel)
-    _report(config, trainer.scored, scores, at.best_miou, classes, run)
     return 0
 
 

@@ -292,7 +292,8 @@ class CascadedWalk(nn.Module):
         """Diffuses the seed.
 
         Args:
-            seed: s, a map [B, K, h, w], or node values [B, N, K].
+            seed: s, a map [B, K, h, w], or node values [B, N, K]. Of seed and features either may have
+                B = 1, which then serves all.
             features: T maps [B, C_t, H_t, W_t] with a seed that is a map; T node features [B, N, C_t] with
                 a seed of node values; or T ready transitions with either.
             return_walks: Return the output of every walk too.
@@ -303,8 +304,8 @@ class CascadedWalk(nn.Module):
                 one after another; as a mask it is for eager mode.
 
         Returns:
-            y in shape and dtype of `seed`; with `return_walks` also the list of y¹ … yᵀ, whose last is y.
-            Half precision is carried in float32 in between.
+            y as `seed` is, a map or node values of its dtype; with `return_walks` also the list of y¹ … yᵀ,
+            whose last is y. Half precision is carried in float32 in between.
 
         Raises:
             TypeError: `seed` and the features differ in dtype, or are not floating.

@@ -113,7 +113,13 @@ class Diffusion(nn.Module):
         if len(features) != len(self.embeddings):
             raise ValueError(f"features: expected {len(self.embeddings)}, got {len(features)}")
         walks = embed_all(self.embeddings, features, grid, mask)
-        return [AttentionTransition(torch.cat([P.psi for P in walks], -1), scale=walks[0].scale, mask=mask)]
+        nodes = walks[0].shape[-1]
+        if any(P.shape[-1] != nodes for P in walks):
+            given = ", ".join(str(P.shape[-1]) for P in walks)
+            raise ValueError(f"features: expected one value per node in each, got {given} nodes")
+        lead = checks.broadcast_batch([P.psi.shape[:-2] for P in walks], "features")
+        psi = torch.cat([P.psi.expand(*lead, nodes, -1) for P in walks], -1)
+        return [AttentionTransition(psi, scale=walks[0].scale, mask=mask)]
 
     @overload
     def forward(
@@ -149,7 +155,8 @@ class Diffusion(nn.Module):
         """Diffuses the seed.
 
         Args:
-            seed: s, a map [B, K, h, w], or node values [B, N, K].
+            seed: s, a map [B, K, h, w], or node values [B, N, K]. Of seed and features either may have
+                B = 1, which then serves all.
             features: T maps [B, C_t, H_t, W_t] with a seed that is a map; T node features [B, N, C_t] with
                 a seed of node values; or one ready transition, in a list, with either.
             return_walks: Return the list of the one output too, as a cascade returns those of its walks.
@@ -160,7 +167,8 @@ class Diffusion(nn.Module):
                 one after another; as a mask it is for eager mode.
 
         Returns:
-            y in shape and dtype of `seed`, and with `return_walks` [y]. Half precision is solved in float32.
+            y as `seed` is, a map or node values of its dtype, and with `return_walks` [y]. Half precision is
+            solved in float32.
 
         Raises:
             TypeError: `seed` and the features differ in dtype, or are not floating.

@@ -90,7 +90,9 @@ class FeatureEmbedding(nn.Module):
                 f"features: expected maps [B, {channels}, H, W] or node features [B, N, {channels}], got "
                 f"{checks.shape_text(features)}"
             )
-        psi = psi.flatten(2).mT
+        # Not flatten(2).mT: for one image its gradient has strides that torch's batch norm takes for another
+        # memory format than it is in, and then computes a wrong gradient from.
+        psi = psi.permute(0, 2, 3, 1).flatten(1, 2)
         # Under autocast ψ arrives in half precision, in which its inner products cannot be told apart.
         return AttentionTransition(psi.float() if psi.dtype.itemsize < 4 else psi, scale=self.scale)
 

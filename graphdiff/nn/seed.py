@@ -17,13 +17,16 @@ def signal_of(seed: Tensor) -> Tensor:
             "seed: expected a map [B, K, h, w] or node values [B, N, K], of which only B may be 0, got "
             f"{checks.shape_text(seed)}"
         )
-    s = seed.flatten(2).mT if seed.ndim == 4 else seed
+    # Strides that batch norm before or behind can do with, for one image too (`FeatureEmbedding`).
+    s = seed.permute(0, 2, 3, 1).flatten(1, 2) if seed.ndim == 4 else seed
     return s.float() if s.dtype.itemsize < 4 else s
 
 
 def like(seed: Tensor, y: Tensor) -> Tensor:
-    """A signal [B, N, K] in shape and dtype of the seed."""
-    return (y.mT.reshape(seed.shape) if seed.ndim == 4 else y).to(seed.dtype)
+    """A signal [B, N, K] as a map or node values, as the seed is, in its dtype."""
+    if seed.ndim == 4:
+        y = y.reshape(*y.shape[:-2], *seed.shape[2:], y.shape[-1]).movedim(-1, -3)
+    return y.to(seed.dtype)
 
 
 def grid_of(seed: Tensor, features: Sequence[Tensor]) -> tuple[int, int] | None:

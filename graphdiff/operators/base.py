@@ -342,3 +342,24 @@ class TransposedTransition(Transition):
     def vjp(self, y: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """With the roles of y and v exchanged, the gradients of the original."""
         return self.original.rmatmul(y), self.original.vjp(v, y)[1]
+
+
+def check_transition(P: object) -> None:
+    """`P` is a transition; what else it may be, says how to make one of it."""
+    if isinstance(P, Transition):
+        return
+    what = (
+        "wrap a matrix with DenseTransition(P), weights with DenseTransition.from_affinity(W), edges with "
+        "SparseTransition.from_edge_index(edges), features with AttentionTransition(psi)"
+    )
+    # By name, as neither library is imported before it is needed.
+    libraries = {kind.__module__.partition(".")[0] for kind in type(P).__mro__}
+    if isinstance(P, Tensor) and P.layout != torch.strided:
+        what = "wrap a sparse tensor with SparseTransition.from_torch(W)"
+    elif "scipy" in libraries:
+        what = "wrap a scipy matrix with SparseTransition.from_scipy(W)"
+    elif "networkx" in libraries:
+        what = "wrap a networkx graph with SparseTransition.from_networkx(G)"
+    elif "numpy" in libraries:
+        what = f"make it a tensor with torch.as_tensor, then {what}"
+    raise TypeError(f"P: expected a Transition, got {type(P).__name__}; {what}")

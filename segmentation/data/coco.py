@@ -148,7 +148,7 @@ def decoded(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
         from pycocotools import mask
     except ImportError:
         raise UsageError(
-            "pycocotools, which reads COCO's masks, is not installed: pip install 'graphdiff[coco]'"
+            "pycocotools, which reads COCO's masks, is not installed: pip install pycocotools"
         ) from None
     if isinstance(segmentation, dict) and list(segmentation["size"]) != [height, width]:
         raise UsageError(

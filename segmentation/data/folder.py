@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from segmentation.data import VOID
 from segmentation.data.labels import Label, opened
-from segmentation.errors import UsageError
+from segmentation.errors import UsageError, first_of
 
 LABELS_READ_UP_FRONT = 500
 """So many labels, spread evenly over the split, are read in full before work starts."""
@@ -71,9 +71,12 @@ class Layout:
                 f"{folder} holds no lists: write one image ID per line into {folder / split}.txt"
             )
         if split not in lists:
-            or_make_it = "" if self.command is None else f", or run `{self.command}`"
+            make_it = f"write one image ID per line into {folder / split}.txt"
+            if self.command is not None:
+                make_it = f"run `{self.command}`"
             raise UsageError(
-                f"there is no list {split!r} in {folder}: pass one of {', '.join(lists)}{or_make_it}"
+                f"there is no list {split!r} in {folder}: {make_it}, or pass another ({', '.join(lists)}) by "
+                "--train-split or --val-split to train, by --split to score"
             )
         return folder / f"{split}.txt"
 
@@ -254,7 +257,7 @@ def overlap(layout: Layout, train: str, val: str) -> list[str]:
         return []
     return [
         f"{layout.list_file(train)} and {layout.list_file(val)} share {len(shared)} images "
-        f"({shared[0]}, ...): "
+        f"({first_of(shared, 1)}): "
         f"take them off {train}.txt, or scores on {val} mean nothing"
     ]
 

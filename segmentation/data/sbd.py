@@ -23,7 +23,7 @@ from segmentation.data.folder import (
 )
 from segmentation.data.labels import read_mat, save_label, write_list
 from segmentation.data.voc import VOC_CLASSES
-from segmentation.errors import UsageError
+from segmentation.errors import UsageError, first_of
 from segmentation.files import whole
 
 VOC_TRAIN, VOC_VAL, TRAINAUG = 1464, 1449, 10582
@@ -106,7 +106,7 @@ def prepare(root: Path, say: Callable[[str], None]) -> None:
     shared = sorted(set(trainaug) & set(own["val"]))
     if shared:
         raise UsageError(
-            f"trainaug shares {len(shared)} images with VOC's val ({shared[0]}, ...): take them off its "
+            f"trainaug shares {len(shared)} images with VOC's val ({first_of(shared, 1)}): take them off its "
             "list, or scores on val mean nothing"
         )
     if sbd is not None:

@@ -15,7 +15,7 @@ from segmentation.checkpoint import Description
 from segmentation.data import SegmentationDataset
 from segmentation.data.loader import spread
 from segmentation.data.transforms import denormalise, evaluation_transform
-from segmentation.errors import UsageError
+from segmentation.errors import UsageError, first_of
 from segmentation.files import told
 from segmentation.images import read_image
 from segmentation.inference import load_model, scored_dataset, scored_size
@@ -129,7 +129,7 @@ class Study:
             return names.index(given)
         raise UsageError(
             f"{given} is neither a file nor one of the {len(names)} images of {self.about.config.dataset} "
-            f"{split} ({names[0]}, ...): name one of either, or another list by --split"
+            f"{split} ({first_of(names, 1)}): name one of either, or another list by --split"
         )
 
 

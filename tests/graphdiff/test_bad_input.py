@@ -1,6 +1,9 @@
 """Bad input: refused at the door, saying what was given, what is allowed and what to do."""
 
+import networkx
+import numpy
 import pytest
+import scipy.sparse
 import torch
 
 import graphdiff as gd
@@ -22,7 +25,11 @@ def raises(error, message):
             ValueError,
             r"s: expected shape \[..., N, K\] or \[N\] with N = 4 .* got \[5, 3\]",
         ),
-        (torch.randn(3), ValueError, r"N = 4 nodes .* got \[3\]"),
+        (torch.randn(3), ValueError, r"N = 4 nodes .* got \[3\]$"),
+        (torch.randn(2, 2), ValueError, r"got \[2, 2\]; a map of pixels is a signal as s.flatten\(\)$"),
+        (torch.randn(1, 2, 2), ValueError, r"got \[1, 2, 2\]; a map of pixels is a signal as s.flatten"),
+        (torch.randn(3, 2, 2), ValueError, r"\[3, 2, 2\]; maps .* as s.flatten\(-2\).mT$"),
+        (torch.randn(3, 3, 2), ValueError, r"got \[3, 3, 2\]$"),
         (torch.tensor(1.0), ValueError, r"got \[\]"),
         (torch.randn(4, 0), ValueError, r"K ≥ 1, got \[4, 0\]"),
         (
@@ -91,9 +98,42 @@ def test_options_of_solve(options, error, message):
         gd.solve(P, S, 0.5, **options)
 
 
+CALLS = [
+    lambda given: gd.solve(given, S, 0.5),
+    lambda given: gd.solve_path(given, S, [0.5]),
+    lambda given: gd.solve_symmetric(given, S, 0.5),
+    lambda given: gd.minimize_energy(given, S, 0.5),
+    lambda given: gd.energy(given, S, S, 0.5),
+    lambda given: gd.heat_kernel(given, S, 1.0),
+    lambda given: gd.polynomial(given, S, [1.0]),
+    lambda given: gd.harmonic(given, S, torch.ones(4, dtype=torch.bool)),
+    lambda given: gd.estimate(given, 0.5),
+    gd.pagerank,
+    lambda given: gd.top_k(given, 0, 1),
+]
+NO_TRANSITIONS = [
+    (scipy.sparse.eye_array(4), r"dia_array; .* with SparseTransition.from_scipy\(W\)$"),
+    (scipy.sparse.csr_matrix((4, 4)), r"csr_matrix; .* with SparseTransition.from_scipy\(W\)$"),
+    (networkx.star_graph(3), r"Graph; .* with SparseTransition.from_networkx\(G\)$"),
+    (networkx.DiGraph([(0, 1)]), r"DiGraph; .* with SparseTransition.from_networkx\(G\)$"),
+    (torch.eye(4).to_sparse(), r"Tensor; .* with SparseTransition.from_torch\(W\)$"),
+    (torch.eye(4).to_sparse_csr(), r"Tensor; .* with SparseTransition.from_torch\(W\)$"),
+    (
+        numpy.eye(4),
+        r"ndarray; make it a tensor with torch.as_tensor, then wrap a matrix with DenseTransition",
+    ),
+    (torch.eye(4), r"Tensor; .* DenseTransition\(P\), .*from_edge_index\(edges\), .*Attention\w+\(psi\)$"),
+    (None, r"NoneType; wrap a matrix with DenseTransition"),
+]
+
+
 def test_operator_arguments_of_solve():
     with raises(TypeError, r"P: expected a Transition, got Tensor; wrap a matrix with DenseTransition\(P\)"):
         gd.solve(torch.eye(4), S, 0.5)
+    for call in CALLS:
+        for given, message in NO_TRANSITIONS:
+            with raises(TypeError, r"P: expected a Transition, got " + message):
+                call(given)
     with raises(ValueError, r"the tensors of AttentionTransition: expected finite values"):
         gd.solve(gd.AttentionTransition(torch.full((4, 2), torch.inf)), S, 0.5)
     with raises(ValueError, r"P, s and mu: expected leading dimensions that broadcast, got \[2\] and \[3\]"):

@@ -545,8 +545,9 @@ V3, M3 = torch.ones(3, **f64), torch.tensor([True, False, False])
     ],
 )  # fmt: skip
 def test_bad_input(arguments, options, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         gd.harmonic(*arguments, **options)
+    assert caught.type is error
 
 
 def test_only_clamped_values_are_read():
@@ -592,11 +593,13 @@ CUT_OFF = np.array([[1, -1, 0, 0], [0, -1, -1, -1], [0, 0, 0, 2]])
         ((IMAGE, SEEDS), {"spacing": (1.0,)}, ValueError, r"spacing: expected 2 numbers"),
         ((IMAGE, SEEDS), {"spacing": (1.0, 0.0)}, ValueError, r"spacing: expected a finite number > 0"),
         ((IMAGE, SEEDS), {"beta": -1.0}, ValueError, r"beta: expected a finite number ≥ 0"),
+        ((IMAGE, SEEDS), {"on_failure": "stop"}, ValueError, r"on_failure: expected .* got 'stop'"),
     ],
 )  # fmt: skip
 def test_bad_images_and_seeds(arguments, options, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         gd.random_walker(*arguments, **options)
+    assert caught.type is error
 
 
 def test_it_says_what_it_found():

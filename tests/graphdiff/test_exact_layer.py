@@ -48,6 +48,78 @@ def test_the_tolerance_is_the_layers():
     assert (loose(seed, features) - exact).abs().max() <= 1e-1 * size
 
 
+@pytest.mark.parametrize("kind", [gd.CascadedWalk, gd.Diffusion])
+@pytest.mark.parametrize("ready", [False, True])
+@pytest.mark.parametrize("alone", ["seed", "features"])
+def test_one_seed_or_one_image_serves_a_whole_batch(kind, ready, alone):
+    """Forward and backward as if it had been repeated, whose gradients then are sums."""
+    torch.manual_seed(7)
+    options = {"tol": 1e-12} if kind is gd.Diffusion else {}
+    module = kind([3, 8], 4, **options).double().eval()
+    seed, features = maps()
+    leaves = {"seed": [seed.double()], "features": [f.double() for f in features]}
+    leaves[alone] = [x[:1] for x in leaves[alone]]
+    for x in (*leaves["seed"], *leaves["features"]):
+        x.requires_grad_()
+    once = [*leaves["seed"], *leaves["features"]]
+    repeated = [x.expand(2, -1, -1, -1) for x in once]
+    found, expected = [], []
+    for results, (s, *f) in ((found, once), (expected, repeated)):
+        walks = module.transitions(f, (6, 7)) if ready else f
+        if ready and kind is gd.Diffusion:
+            walks = [gd.AttentionTransition(walks[0].psi)]
+        y, each = module(s, walks, return_walks=True)
+        assert {x.shape for x in each} == {y.shape} == {(2, 5, 6, 7)}
+        results += [y, *torch.autograd.grad((y * randn(2, 5, 6, 7, seed=9)).sum(), once)]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [gd.CascadedWalk, gd.Diffusion])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("nodes", [False, True])
+def test_gradients_of_one_image_are_those_of_two_like_it(kind, training, nodes):
+    """Half of them, and with batch norm on every side, whose backward by torch minds strides of size 1."""
+    torch.manual_seed(7)
+    options = {"tol": 1e-12} if kind is gd.Diffusion else {}
+    refine = kind([3, 8], 4, init_gain=0.5, **options)
+    before, behind = torch.nn.BatchNorm2d(5), torch.nn.BatchNorm2d(5)
+    model = torch.nn.ModuleList([refine, before, behind]).double().train(training)
+    given = [randn(1, c, 6, 7, seed=c).double() for c in (5, 3, 8)]
+    shape = (42, 1) if nodes else (6, 7)
+    weight = randn(1, 5, *shape, seed=9).double()
+
+    def gradients(copies):
+        inputs = [x.clone().requires_grad_() for x in given]
+        seed, *features = (x.repeat(copies, 1, 1, 1) for x in inputs)
+        seed = before(seed)
+        if nodes:
+            seed, features = seed.flatten(2).mT, [f.flatten(2).mT for f in features]
+        y = refine(seed, features)
+        y = behind(y.mT.unsqueeze(-1).contiguous() if nodes else y)
+        return torch.autograd.grad((weight * y).sum() / copies, [*inputs, *model.parameters()])
+
+    for one, two in zip(gradients(1), gradients(2), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)
+
+
+def test_maps_that_do_not_go_together():
+    seed, features = maps()
+    three = maps(3)
+    for module in (layer(), gd.CascadedWalk([3, 8], 4)):
+        message = r"features and seed: expected leading dimensions that broadcast, got \[2\] and \[3\]"
+        with pytest.raises(ValueError, match=message):
+            module(three[0], features)
+    with pytest.raises(ValueError, match=r"features: expected leading dimensions .* \[2\] and \[3\]"):
+        layer()(seed, [features[0], three[1][1]])
+    with pytest.raises(ValueError, match="features: expected one value per node in each, got 5, 4 nodes"):
+        layer()(randn(2, 5, 2), [randn(2, 5, 3), randn(2, 4, 8)])
+    mixed = layer().eval()
+    one, other = features[0][:1], features[1]
+    whole = [one.expand(2, -1, -1, -1), other]
+    torch.testing.assert_close(mixed(seed, [one, other]), mixed(seed, whole), rtol=0, atol=1e-5)
+
+
 def test_swaps_with_the_cascade():
     seed, features = maps()
     for module in (layer(), gd.CascadedWalk([3, 8], 4)):

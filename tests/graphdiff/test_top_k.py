@@ -415,7 +415,7 @@ JUMPING = gd.SparseTransition.from_edge_index(EDGES, dangling="uniform")
         ((torch.eye(3), 0, 1), TypeError, r"P: expected a Transition, got Tensor; .*from_edge_index"),
         ((DIRECTED.T, 0, 1), ValueError, r"P: expected a walk, whose rows sum to 1, got Transposed"),
         ((JUMPING, 0, 1), TypeError, r'P: expected a sparse walk.*dangling="self", or rank .* pagerank'),
-        ((gd.AttentionTransition(torch.zeros(3, 2)), 0, 1), TypeError, r"P: expected a sparse walk"),
+        ((gd.AttentionTransition(torch.eye(3)), 0, 1), TypeError, r"sparse walk.*definite\); rank the"),
         ((DIRECTED, 5, 1), ValueError, r"source: expected node numbers from 0 to 4 for N = 5 nodes, got 5"),
         ((DIRECTED, [0, -1], 1), ValueError, r"source: expected node numbers .* got -1"),
         ((DIRECTED, 0.0, 1), TypeError, r"source: expected a node number or a list .* got float"),

@@ -13,6 +13,7 @@ import torch
 
 from segmentation import checkpoint, files
 from segmentation.errors import UsageError
+from segmentation.figures import panel
 from segmentation.files import WriteFault
 from segmentation.train import train
 from segmentation.trainer import Trainer
@@ -110,6 +111,25 @@ def test_a_run_that_cannot_write_its_first_checkpoint_says_that_there_is_none(tm
         pytest.raises(UsageError, match=r"best\.safetensors could not be .*; no step was saved"),
     ):
         train(tiny(tmp_path / "run", model="sim-deeplab", aspp=False, max_steps=1))
+
+
+def test_a_signal_while_the_panel_is_drawn_does_not_leave_it_out(tmp_path, monkeypatch):
+    draw = panel.panel
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        draw(*arguments)
+
+    monkeypatch.setattr(panel, "panel", signalled)
+    config = tiny(tmp_path, model="sim-deeplab", aspp=False, max_steps=1)
+    late = []
+    before = signal.signal(signal.SIGTERM, lambda *_: late.append("as if there were no run"))
+    try:
+        assert train(config) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not late
+    assert (config.run_dir / "panel.png").is_file()
 
 
 def test_as_many_states_are_left_as_asked_and_an_earlier_one_can_be_gone_on_from(tmp_path):

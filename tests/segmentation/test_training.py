@@ -125,7 +125,7 @@ def test_evaluate_refuses_data_of_other_classes(unbroken, voc, tmp_path):
     about = Description(config, ("cat", "dog"), step=1, miou=0.5)
     save_weights(file, engine.build_model(config, 2), about)
     with pytest.raises(
-        UsageError, match=r"knows 2 classes \(cat, dog, ...\), the data has 6 \(ground, disc, "
+        UsageError, match=r"2 classes \(cat, dog\), the data has 6 \(ground, disc, ring, bar, \.\.\.\): give"
     ):
         evaluate(file)
     with pytest.raises(UsageError, match="--panel needs --out"):

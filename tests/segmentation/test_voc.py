@@ -70,7 +70,12 @@ def test_two_data_sets_under_one_folder_are_refused(voc):
 
 
 def test_a_missing_list_is_refused_and_the_others_named(voc):
-    refused(voc, r"there is no list 'trainaug' in .*: pass one of train, val", split="trainaug")
+    refused(
+        voc,
+        r"no list 'trainaug' in .*: write one image ID per line into \S*trainaug\.txt, or pass another "
+        r"\(train, val\) by --train-split or --val-split to train, by --split to score",
+        split="trainaug",
+    )
     (voc / "ImageSets" / "Segmentation" / "train.txt").write_text("\n")
     refused(voc, r"train\.txt is empty: list one image ID per line")
     for file in (voc / "ImageSets" / "Segmentation").iterdir():

@@ -240,11 +240,11 @@ def test_ready_made_folders_are_accepted(folder):
 def test_a_ready_made_list_may_not_hold_vals_images_nor_mix_names(folder):
     voc = ready_made(folder)
     (voc / "ImageSets/Segmentation/trainaug.txt").write_text("scene_0\nscene_2\n")
-    with pytest.raises(UsageError, match=r"trainaug shares 1 images with VOC's val \(scene_2, \.\.\.\)"):
+    with pytest.raises(UsageError, match=r"trainaug shares 1 images with VOC's val \(scene_2\)"):
         sbd.prepare(folder, print)
     faults, _ = said(sbd.check, folder)
-    assert "share 1 images (scene_2, ...): take them off trainaug.txt" in faults[0]
-    with pytest.raises(UsageError, match=r"share 1 images \(scene_2, \.\.\.\): take them off trainaug\.txt"):
+    assert "share 1 images (scene_2): take them off trainaug.txt" in faults[0]
+    with pytest.raises(UsageError, match=r"share 1 images \(scene_2\): take them off trainaug\.txt"):
         VOCAugDataset(folder, "trainaug")
     (voc / "ImageSets/Segmentation/trainaug.txt").unlink()
     columns = voc / "ImageSets" / "SegmentationAug" / "train_aug.txt"
