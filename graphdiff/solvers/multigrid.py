@@ -36,7 +36,7 @@ class Multigrid(Solver):
 
     For sparse reversible walks on the CPU with µ near 1, grids and meshes above all: the number of steps
     hardly grows with their size. The symmetric matrix D M⁻¹(I − MP) has the signs that the method wants. In
-    float64; needs the extra ``graphdiff[multigrid]``. Where rounding stops it, `CG` goes on.
+    float64; needs pyamg (extra ``multigrid``). Where rounding stops it, `CG` goes on.
 
     Raises:
         ImportError: pyamg is not installed.
@@ -122,8 +122,7 @@ def _cycle(operator: Transition, log_weight: Tensor, mu: Tensor) -> Any:
         import pyamg
     except ImportError as error:
         raise ImportError(
-            "solver: Multigrid needs pyamg, which is not installed; install graphdiff[multigrid], or use "
-            "CG() or Direct()"
+            "solver: Multigrid needs pyamg, which is not installed; pip install pyamg, or use CG() or Direct()"
         ) from error
     from scipy import sparse
 
