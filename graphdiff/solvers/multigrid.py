@@ -122,7 +122,7 @@ def _cycle(operator: Transition, log_weight: Tensor, mu: Tensor) -> Any:
         import pyamg
     except ImportError as error:
         raise ImportError(
-            "solver: Multigrid needs pyamg, which is not installed; pip install pyamg, or use CG() or Direct()"
+            "solver: Multigrid needs pyamg; pip install pyamg, or use CG() or Direct()"
         ) from error
     from scipy import sparse
 
