@@ -622,7 +622,8 @@ def test_batch_mates_change_neither_bits_nor_steps(solver, transposed, dtype, na
         alone = run(leaf[i], s[i])
         assert torch.equal(alone.value, together.value[i])
         assert torch.equal(alone.steps, together.steps[i])
-        assert torch.equal(alone.error_bound, together.error_bound[i])
+        for field in ("error_bound", "lower", "upper"):
+            assert torch.equal(getattr(alone, field), getattr(together, field)[i])
         # The channels of a block share their directions: alone each takes another way to the same answer.
         for k in () if isinstance(solver, gd.solvers.BlockCG) else range(2):
             single = run(leaf[i], s[i, :, k])

@@ -114,6 +114,17 @@ def test_progress_is_told_after_every_step(chain, name):
     assert bounds[-1] < 1e-3 * bounds[0]
 
 
+def test_progress_goes_on_counting_where_rounding_takes_a_refinement(chain):
+    """float32 needs one here; told are the steps of both solves."""
+    P, s = chain
+    seen: list[gd.Progress] = []
+    options = {"solver": gd.solvers.Walk(), "tol": 1e-6, "on_failure": "ignore"}
+    sol = gd.solve(P.to(torch.float32), s.float(), 0.99, progress=seen.append, **options)
+    told = [report.steps for report in seen]
+    assert told[-1] == int(sol.steps.max())
+    assert all(after - before in (0, 1) for before, after in pairwise(told))
+
+
 def test_what_progress_raises_ends_the_solve(chain):
     P, s = chain
 

@@ -1,5 +1,6 @@
 """MixedPrecision: float32 inside, float64 outside; any inner solver, any size of signal, every digit."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graphdiff as gd
+from graphdiff.solvers.base import InnerProduct, Iterate
 from tests.graphdiff.zoo import OPERATORS, SOLVERS, applies, oracle
 
 CG = gd.solvers.CG()
@@ -142,6 +144,32 @@ def test_a_budget_counts_the_steps_of_all_corrections(grid):
     assert all(after - before in (0, 1) for before, after in pairwise(told))
     # Bounds are told in units of the signal, whatever the corrections are solved in.
     assert seen[-1].error_bound < 1e-6 * seen[0].error_bound
+
+
+def test_an_inner_solver_that_brings_nothing_ends_it(grid):
+    @dataclass(frozen=True)
+    class Idle(gd.solvers.Solver):
+        def solve(self, state, rhs, initial, target, limits):
+            nothing = torch.zeros(rhs.shape[-1], dtype=torch.int64)
+            return Iterate(initial, nothing, nothing)
+
+    s = randn(900, 2)
+    sol = gd.solve(grid, s, 0.9, solver=gd.solvers.MixedPrecision(Idle()), on_failure="ignore")
+    assert not sol.converged.any()
+    assert (norm(sol.value - oracle(grid.dense(), s, 0.9)) <= sol.error_bound).all()
+
+
+def test_weights_too_light_for_float32_are_summed_in_float64():
+    """Degrees may differ by any orders of magnitude, and the inner product must see all nodes."""
+    weight = torch.logspace(0, -30, 300, dtype=torch.float64).unsqueeze(-1)
+    u, v = randn(300, 2).float(), randn(300, 2, seed=4).float()
+    u[:250] = 0
+    found = InnerProduct(weight, u.shape, torch.float32)(u, v)
+    exact = (weight * u.double() * v.double()).sum(-2, keepdim=True)
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)
+    alike = InnerProduct(weight.clamp(min=0.1), u.shape, torch.float32)(u, v)
+    exact = (weight.clamp(min=0.1) * u.double() * v.double()).sum(-2, keepdim=True)
+    torch.testing.assert_close(alike, exact, rtol=1e-5, atol=1e-7)
 
 
 def test_gradients_are_exact(grid):
