@@ -18,6 +18,7 @@ import torch
 from measure import Rates, environment, forget_peak, head, in_process, in_turn, peak, row
 
 import graphdiff as gd
+from graphdiff.operators import attention
 
 D, K = 64, 21
 
@@ -124,12 +125,15 @@ def grown(function):
 
 
 def own_peak(what, way, nodes, device):
-    """In a process of its own, after a small problem: libraries then have what they need."""
+    """In a process of its own, after a small problem, in strips too: libraries then have what they need."""
+    whole, attention.WHOLE = attention.WHOLE, 0
     walk = {"plain": plain, "ours": ours}[way]
     if what in CASCADES:
         cascade_step(way, 8, device, CASCADES[what])()
+        attention.WHOLE = whole
         return grown(cascade_step(way, round(nodes**0.5), device, CASCADES[what]))
     PASSES[what](walk, *problem(300, 1, device))
+    attention.WHOLE = whole
     arguments = problem(nodes, 1, device)
     return grown(lambda: PASSES[what](walk, *arguments))
 

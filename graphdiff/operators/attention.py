@@ -28,7 +28,7 @@ from graphdiff.operators.base import Transition
 from graphdiff.operators.dense import whole_lines
 from graphdiff.operators.held import HeldTransition
 
-# A matrix of so many bytes is faster built, where there are threads for it.
+# A matrix of so many bytes, two of them in a batch, is faster built, where there are threads for it.
 WHOLE = 2**24
 
 
@@ -37,8 +37,9 @@ class AttentionTransition(Transition):
     """The reversible walk P[i, j] ∝ exp(scale · ψ_i·ψ_j).
 
     Memory is O(N(d + K)) for a product with K signals, forward and backward, except on a CPU with several
-    threads where the matrix takes at most 16 MB (N = 2048 in float32): it is faster then, and is kept for the
-    backward. exp(scale · ψ_i·ψ_j) is a positive semi-definite kernel: every eigenvalue of P lies in [0, 1].
+    threads where the matrix takes at most 16 MB (N = 2048 in float32), and those of a batch 32 MB: it is then
+    faster, and kept for the backward. exp(scale · ψ_i·ψ_j) is a positive semi-definite kernel, so every
+    eigenvalue of P lies in [0, 1].
 
     Args:
         psi: Features ψ, shape [..., N, d]. Half precision is multiplied in float32: near 64, where the
@@ -254,7 +255,8 @@ def _as_alone(x: Tensor) -> Tensor:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _whole(psi: Tensor) -> bool:
     """Whether to build the matrix: strips have many short operations, which threads hardly make faster."""
-    small = psi.shape[-2] ** 2 * psi.element_size() <= WHOLE
+    size = psi.shape[-2] ** 2 * psi.element_size()
+    small = size <= WHOLE and len(psi) * size <= 2 * WHOLE
     return small and psi.device.type == "cpu" and torch.get_num_threads() > 1
 
 

@@ -218,10 +218,10 @@ def test_attention_is_a_well_behaved_operator_of_torch(whole):
 
 def test_the_matrix_is_kept_where_it_is_small_and_threads_share_the_work(monkeypatch):
     """And there alone, for it is the memory of the backward."""
-    psi, y = randn(2, 40, 3).requires_grad_(), randn(2, 40, 2)
+    psi = randn(2, 40, 3).requires_grad_()
 
     def kept():
-        saved = []
+        y, saved = randn(len(psi), 40, 2), []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape[-2:]) or x, lambda x: x):
             gd.AttentionTransition(psi) @ y
         return (40, 40) in saved
@@ -231,6 +231,10 @@ def test_the_matrix_is_kept_where_it_is_small_and_threads_share_the_work(monkeyp
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert kept()
     monkeypatch.setattr(attention_module, "WHOLE", 40 * 40 * 8 - 1)
+    assert not kept()
+    monkeypatch.setattr(attention_module, "WHOLE", 40 * 40 * 8)
+    assert kept()
+    psi = randn(3, 40, 3).requires_grad_()
     assert not kept()
 
 
