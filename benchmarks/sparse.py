@@ -414,7 +414,8 @@ def main():
         *("our bound", "share of the bound", "best peer / ours", "MixedPrecision, ms", "best peer / that"),
         *("peers / ours (true error)", "peers that do not reach it"),
     )
-    for transposed, what in ((True, "personalised PageRank"), (False, "smoothing")):
+    kinds = ((True, "personalised PageRank"), (False, "smoothing"))
+    for transposed, what in kinds if options.side or (options.data and options.graphs) else ():
         print(f"\n{what}:")
         header(*columns)
         for name in options.graphs if options.data else ():

@@ -31,7 +31,7 @@ class MixedPrecision(Solver):
     1/(1 − µ). For operators in other dtypes the inner solver alone is at work.
 
     It pays where many signals on a sparse walk are wanted on a CPU, whose product in float32 hardly takes
-    longer for 32 of them than for one. For a single signal the restarts cost more than is gained.
+    longer for 32 of them than for one. For a single signal it costs more than it gains.
 
     Args:
         inner: The solver that finds corrections.
