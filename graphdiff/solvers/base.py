@@ -251,7 +251,7 @@ class InnerProduct:
 
     A solver asks for it at every step; new memory each time would cost several times what the sums do.
     Vectors in float32, of a size near 1, are summed on the CPU by `CHUNK` nodes in float32 where no weight is
-    so small that this would lose it.
+    so small or so large that this would lose it.
     """
 
     def __init__(self, weights: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
@@ -260,7 +260,7 @@ class InnerProduct:
         self.chunked = (
             dtype == torch.float32
             and weights.device.type == "cpu"
-            and not bool(((weights > 0) & (weights < LIGHTEST)).any())
+            and not bool(((weights > 0) & (weights < LIGHTEST) | (weights > 1 / LIGHTEST)).any())
         )
         # How much of |u||v| its rounding may be.
         self.accuracy = 1e-5 if self.chunked else 1e-6

@@ -159,7 +159,7 @@ def test_an_inner_solver_that_brings_nothing_ends_it(grid):
     assert (norm(sol.value - oracle(grid.dense(), s, 0.9)) <= sol.error_bound).all()
 
 
-def test_weights_too_light_for_float32_are_summed_in_float64():
+def test_weights_beyond_the_range_of_float32_are_summed_in_float64():
     """Degrees may differ by any orders of magnitude, and the inner product must see all nodes."""
     weight = torch.logspace(0, -30, 300, dtype=torch.float64).unsqueeze(-1)
     u, v = randn(300, 2).float(), randn(300, 2, seed=4).float()
@@ -167,6 +167,9 @@ def test_weights_too_light_for_float32_are_summed_in_float64():
     found = InnerProduct(weight, u.shape, torch.float32)(u, v)
     exact = (weight * u.double() * v.double()).sum(-2, keepdim=True)
     torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)
+    heavy = weight / 1e-45  # a node's µ may be as small
+    found = InnerProduct(heavy, u.shape, torch.float32)(u, v)
+    torch.testing.assert_close(found, exact / 1e-45, rtol=1e-12, atol=0)
     alike = InnerProduct(weight.clamp(min=0.1), u.shape, torch.float32)(u, v)
     exact = (weight.clamp(min=0.1) * u.double() * v.double()).sum(-2, keepdim=True)
     torch.testing.assert_close(alike, exact, rtol=1e-5, atol=1e-7)
