@@ -131,8 +131,8 @@ def started(state: Weighted, rhs: Tensor, initial: Tensor) -> Start:
         y = torch.where(mu == 0, rhs, y)
         weight = torch.where(mu == 0, 0.0, weight / mu.to(wide))
     batch = checks.broadcast_batch([operator.shape[:-2], rhs.shape[:-2]], "P and s")
-    residual, guessed = rhs.expand(*batch, *rhs.shape[-2:]), bool(y.any())
-    if guessed:
+    residual, guessed = rhs.expand(*batch, *rhs.shape[-2:]), y.any(-2, keepdim=True)
+    if bool(guessed.any()):
         residual = torch.addcmul(y, operator.matmul(y), -mu)
         torch.sub(rhs, residual, out=residual)
     # Then no square of a small residual is 0.
@@ -140,7 +140,7 @@ def started(state: Weighted, rhs: Tensor, initial: Tensor) -> Start:
     unit = torch.where(largest > 0, largest, 1.0)
     residual = residual / unit
     product = InnerProduct(weight, residual.shape, residual.dtype)
-    if guessed and mu.shape[-2] == 1:
+    if bool(guessed.any()) and mu.shape[-2] == 1:
         # The slowest mode is known: 1, or d for the transpose. The error of a signal has none of it, but
         # that of another first guess may; taking it out costs no product.
         mode = (log_weight.amin(-2, keepdim=True) - log_weight).to(wide).exp()
@@ -150,6 +150,8 @@ def started(state: Weighted, rhs: Tensor, initial: Tensor) -> Start:
         share = product(residual, mode)
         # No more than rounding is none: nodes that a signal does not reach stay at exactly 0.
         large = share.abs() > product.accuracy * (length * product(residual, residual)).sqrt()
+        # A signal's own first guess decides, not those beside it.
+        large = large & guessed
         if bool(large.any()):
             part = torch.where(large, share / length, 0.0).to(rhs.dtype)
             residual.addcmul_(mode, -part)

@@ -633,6 +633,23 @@ def test_batch_mates_change_neither_bits_nor_steps(solver, transposed, dtype, na
             assert (norm((single.value - alone.value[:, k]).unsqueeze(-1), transposed) <= close).all()
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_first_guess_beside_none_changes_no_bit(transposed):
+    """CG takes the slowest mode out of the error of a first guess, of that one alone."""
+    P = OPERATORS["sparse path"].build(
+        OPERATORS["sparse path"].leaf(torch.Generator().manual_seed(3), (), 50)
+    )
+    P = P.T if transposed else P
+    s = torch.randn(50, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    guess = torch.stack([torch.zeros(50, dtype=torch.float64), 1 + s[:, 1]], -1)
+    options = {"mu": 0.95, "solver": gd.solvers.CG()}
+    together = gd.solve(P, s, initial=guess, **options)
+    for k in range(2):
+        alone = gd.solve(P, s[:, k], initial=guess[:, k], **options)
+        assert torch.equal(alone.value, together.value[:, k])
+        assert torch.equal(alone.steps, together.steps[k])
+
+
 def test_max_steps_is_a_budget_of_each_signal():
     """float32 needs refinement here; what one signal spends, another does not miss."""
     psi = 1.5 * torch.randn(30, 3, generator=torch.Generator().manual_seed(71))
