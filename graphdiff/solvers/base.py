@@ -16,12 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from graphdiff import checks
 from graphdiff.operators.base import Transition
-from graphdiff.operators.sparse import csr_product
 from graphdiff.solution import Norm, Progress
 
 # Each refinement gains several digits unless rounding has taken over; more than this never helped.
@@ -33,7 +33,7 @@ FOLDED = 32
 # Channels solved at a time: as many as fit with their numbers into this, and no fewer than these.
 CACHED, FEWEST = 2**18, {torch.float32: 32, torch.float64: 8}
 # Terms of a sum that are added up in float32 before float64 goes on, and the weights that this suits.
-CHUNK, LIGHTEST = 64, 1e-9
+SUMMED, LIGHTEST = 64, 1e-9
 
 
 class Iterate(NamedTuple):
@@ -230,63 +230,68 @@ def size(x: Tensor, norm: Norm, scratch: Tensor | None = None) -> Tensor:
     return torch.cat([rows, magnitude[..., :left, :]], -2).amax(-2, keepdim=True)
 
 
-def total(x: Tensor) -> Tensor:
-    """The sum over nodes, [..., 1, K], in the best precision at hand; `x` is used up.
+def total(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over nodes in a dtype, [..., 1, K]; `x` may be written over.
 
-    By halving, element by element: the order of the additions depends on N alone, so that no batch mate
-    and no layout changes a bit.
+    On the CPU `SUMMED` terms at a time, the first of them in the dtype of x; else, and where few are left, by
+    halving. Whole rows of numbers are added at once, in an order that depends on N alone, so that no batch
+    mate and no layout changes a bit.
     """
-    # For the same sums numpy needs a tenth of torch's time for a short slice.
-    halved: Any = x.numpy() if x.device.type == "cpu" else x
+    if x.device.type != "cpu":
+        found: Tensor = _halved(x.to(dtype))
+        return found
+    # For the same sums numpy needs a tenth of torch's time where they are short.
+    numbers, wide = x.numpy(), torch.empty(0, dtype=dtype).numpy().dtype
+    while numbers.shape[-2] >= 2 * SUMMED:
+        *batch, nodes, channels = numbers.shape
+        rows = nodes // SUMMED
+        many = numbers[..., : rows * SUMMED, :].reshape(*batch, SUMMED, rows * channels)
+        sums = np.add.reduce(many, axis=-2).reshape(*batch, rows, channels)
+        numbers = np.concatenate([sums, numbers[..., rows * SUMMED :, :]], -2, dtype=wide)
+    return torch.from_numpy(_halved(numbers.astype(wide)))
+
+
+def _halved(x: Any) -> Any:
+    """The sum over nodes of a tensor or an array, which is used up."""
     nodes = x.shape[-2]
     while nodes > 1:
         half = nodes // 2
-        halved[..., :half, :] += halved[..., nodes - half : nodes, :]
+        x[..., :half, :] += x[..., nodes - half : nodes, :]
         nodes -= half
-    return x[..., :1, :].clone()
+    return x[..., :1, :] + 0
 
 
 class InnerProduct:
     """⟨u, v⟩ = Σ_i w_i u_i v_i of each channel, in the dtype of the weights and in memory of its own.
 
     A solver asks for it at every step; new memory each time would cost several times what the sums do.
-    Vectors in float32, of a size near 1, are summed on the CPU by `CHUNK` nodes in float32 where no weight is
-    so small or so large that this would lose it.
+    Vectors in float32, of a size near 1, are multiplied on the CPU in float32, and the first `SUMMED` terms
+    added so, where no weight is so small or so large that this would lose it.
     """
 
     def __init__(self, weights: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
-        """For weights [..., N, 1] and vectors of a shape [..., N, K] and a dtype."""
+        """For weights [..., N, 1], or one number for all, and vectors of a shape [..., N, K] and a dtype."""
         self.weights = weights
-        self.chunked = (
+        narrow = (
             dtype == torch.float32
             and weights.device.type == "cpu"
             and not bool(((weights > 0) & (weights < LIGHTEST) | (weights > 1 / LIGHTEST)).any())
         )
         # How much of |u||v| its rounding may be.
-        self.accuracy = 1e-5 if self.chunked else 1e-6
-        if self.chunked:
-            self.product = weights.new_empty(shape, dtype=dtype)
-            rows, nodes = self.product[..., 0].numel(), shape[-2]
-            starts = torch.arange(0, rows, nodes).unsqueeze(-1) + torch.arange(0, nodes, CHUNK)
-            self.chunks = torch.cat([starts.flatten(), torch.tensor([rows])])
-            self.numbers = torch.arange(rows)
-            self.narrow = weights.to(dtype).expand(*shape[:-1], 1).reshape(-1)
-        else:
-            self.product, self.other = (weights.new_empty(shape) for _ in range(2))
+        self.accuracy = 1e-5 if narrow else 1e-6
+        self.factor = weights.to(dtype) if narrow else weights
+        self.product, self.other = (self.factor.new_empty(shape) for _ in range(2))
 
     def __call__(self, u: Tensor, v: Tensor) -> Tensor:
         """[..., 1, K]."""
-        if self.chunked:
-            torch.mul(u, v, out=self.product)
-            flat = self.product.reshape(-1, self.product.shape[-1])
-            sums = csr_product(self.chunks, self.numbers, self.narrow, flat).to(self.weights.dtype)
-            return total(sums.reshape(*self.product.shape[:-2], -1, self.product.shape[-1]))
         # Multiplying numbers of two dtypes would widen into new memory first.
         wide, other = (
             x if x.dtype == into.dtype else into.copy_(x) for x, into in ((u, self.product), (v, self.other))
         )
-        torch.mul(self.weights, wide, out=self.product)
-        return total(self.product.mul_(other))
+        product = torch.mul(wide, other, out=self.product)
+        if self.weights.ndim == 0:
+            return total(product, self.weights.dtype) * self.weights
+        return total(product.mul_(self.factor), self.weights.dtype)
 
 
 def inner(weights: Tensor, u: Tensor, v: Tensor) -> Tensor:

@@ -5,7 +5,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphdiff.solvers.base import Iterate, Limits, Problem, Solver, bounding, carry_on, inner, steps_to
+from graphdiff import checks
+from graphdiff.solvers.base import (
+    InnerProduct,
+    Iterate,
+    Limits,
+    Problem,
+    Solver,
+    bounding,
+    carry_on,
+    steps_to,
+)
 from graphdiff.solvers.walk import Walk
 
 
@@ -27,17 +37,19 @@ class BiCGSTAB(Solver):
     def solve(self, state: Problem, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Iterate until the bound of each right-hand side is below its target."""
         operator, mu = state
-        one = torch.ones((), dtype=torch.float32 if rhs.device.type == "mps" else torch.float64)
-        one = one.to(rhs.device)
+        batch = checks.broadcast_batch([operator.shape[:-2], rhs.shape[:-2]], "P and s")
+        y, image, half, second, spare = (rhs.new_empty(*batch, *rhs.shape[-2:]) for _ in range(5))
+        one = torch.ones((), dtype=checks.widest(rhs.device), device=rhs.device)
+        dot, bounded, minus = InnerProduct(one, y.shape, rhs.dtype), bounding(operator, mu), -mu
 
-        def apply(y: Tensor) -> Tensor:
-            return y - mu * operator.matmul(y)
+        def apply(x: Tensor, into: Tensor) -> Tensor:
+            return torch.addcmul(x, operator.matmul(x), minus, out=into)
 
-        def dot(u: Tensor, v: Tensor) -> Tensor:
-            return inner(one, u, v)
-
-        y, bounded = initial, bounding(operator, mu)
-        residual = shadow = direction = rhs - apply(y)
+        # What changes at every step is changed where it stands: new memory would cost as much as the sums.
+        # What stands there of a signal that is done or broken is of no use, and may be no number.
+        y.copy_(initial)
+        shadow = rhs - apply(y, image)
+        residual, direction = shadow.clone(), shadow.clone()
         best, bound = y + residual, bounded(residual)
         best_bound = bound
         steps = torch.zeros(*rhs.shape[:-2], 1, rhs.shape[-1], dtype=torch.int64, device=rhs.device)
@@ -46,28 +58,25 @@ class BiCGSTAB(Solver):
         active = (bound > target) & (steps < limit)
         product = dot(shadow, residual)
         while bool(active.any()):
-            image = apply(direction)
-            alpha = _quotient(product, dot(shadow, image))
-            half = residual - alpha.to(rhs.dtype) * image
-            second = apply(half)
+            alpha = _quotient(product, dot(shadow, apply(direction, image)))
+            torch.addcmul(residual, image, -alpha.to(rhs.dtype), out=half)
+            apply(half, second)
             omega = _quotient(dot(second, half), dot(second, second))
             # A vanishing product or step is a breakdown; so is what overflows.
-            broken = active & ((alpha * omega == 0) | ~torch.isfinite(alpha * omega))
-            active = active & ~broken
-            alpha, omega = (torch.where(active, q, 0.0) for q in (alpha, omega))
-            narrow = alpha.to(rhs.dtype), omega.to(rhs.dtype)
-            y = torch.where(active, y + narrow[0] * direction + narrow[1] * half, y)
-            residual = torch.where(active, half - narrow[1] * second, residual)
+            active = active & (alpha * omega != 0) & torch.isfinite(alpha * omega)
+            across, along = alpha.to(rhs.dtype), omega.to(rhs.dtype)
+            y.addcmul_(direction, across).addcmul_(half, along)
+            torch.addcmul(half, second, -along, out=residual)
             steps = steps + active
 
             bound = bounded(residual)
             better = active & (bound < best_bound)
-            best = torch.where(better, y + residual, best)
+            torch.where(better, torch.add(y, residual, out=spare), best, out=best)
             best_bound = torch.where(better, bound, best_bound)
             active = limits.going_on(active & (bound > target) & (steps < limit), steps, bound)
             following = dot(shadow, residual)
             beta = (_quotient(following, product) * _quotient(alpha, omega)).to(rhs.dtype)
-            direction = torch.where(active, residual + beta * (direction - narrow[1] * image), direction)
+            torch.addcmul(residual, direction.addcmul_(image, -along), beta, out=direction)
             product = following
 
         counts = steps.squeeze(-2)

@@ -570,6 +570,24 @@ def test_sizes_are_the_largest_entries_and_the_sums(nodes, channels):
     assert base.size(x, "inf")[0, 0, 0].isnan()
 
 
+@pytest.mark.parametrize("nodes", [1, 127, 128, 129, 8191, 20000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inner_products_are_exact_and_depend_on_no_neighbour(nodes, dtype):
+    g = torch.Generator().manual_seed(nodes)
+    u, v = (torch.randn(2, nodes, 5, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
+    weight = torch.rand(2, nodes, 1, generator=g, dtype=torch.float64) + 0.1
+    for w in (weight, torch.tensor(3.0, dtype=torch.float64)):
+        together = base.InnerProduct(w, u.shape, dtype)(u, v)
+        assert together.dtype == torch.float64
+        exact = (w * u.double() * v.double()).sum(-2, keepdim=True)
+        length = (w * (u * v).double().abs()).sum(-2, keepdim=True)
+        assert ((together - exact).abs() <= 64 * torch.finfo(dtype).eps * length).all()
+        for b, k in itertools.product(range(2), range(5)):
+            alone = (x[b, :, k : k + 1].contiguous() for x in (u, v))
+            own = w if w.ndim == 0 else w[b]
+            assert torch.equal(base.InnerProduct(own, (nodes, 1), dtype)(*alone), together[b, :, k : k + 1])
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("per_node", [False, True])
 def test_what_bounds_an_error_by_its_residual(transposed, per_node):
