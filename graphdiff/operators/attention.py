@@ -260,21 +260,35 @@ def _whole(psi: Tensor) -> bool:
     return small and psi.device.type == "cpu" and torch.get_num_threads() > 1
 
 
+def _room(psi: Tensor) -> int:
+    """Entries that a kept P takes: N², and so many more that the next one begins where new memory would."""
+    aligned = 64 // psi.element_size()
+    return -(-(psi.shape[-2] ** 2) // aligned) * aligned
+
+
+def _matrices(psi: Tensor, kept: Tensor) -> Tensor:
+    """The kept P of all graphs, [B, N, N], where they lie."""
+    nodes = psi.shape[-2]
+    return kept[:, : nodes * nodes].view(-1, nodes, nodes)
+
+
 def _attention_shapes(psi: Tensor, weight: Tensor, y: Tensor, whole: bool) -> tuple[Tensor, Tensor, Tensor]:
-    kept = psi.shape[-2] if whole else 0
-    return y.new_empty(y.shape), y.new_empty(y.shape[:-1]), y.new_empty(len(y), kept, kept)
+    kept = _room(psi) if whole else 0
+    return y.new_empty(y.shape), y.new_empty(y.shape[:-1]), y.new_empty(len(y), kept)
 
 
 @torch.library.custom_op("graphdiff::attention", mutates_args=())
 def _attention(psi: Tensor, weight: Tensor, y: Tensor, whole: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, log-sum-exp, and P where it is to be kept."""
+    """Value, log-sum-exp, and P where it is to be kept, [B, `_room`]; else [B, 0]."""
     if len(psi) == 0:
         return _attention_shapes(psi, weight, y, whole)
     if whole:
-        value, lse, P = _each(strips.whole_forward, psi, weight, y)
-        return value, lse, P
+        kept = psi.new_empty(len(psi), _room(psi))
+        kept[:, psi.shape[-2] ** 2 :] = 0
+        value, lse = _each(strips.whole_forward, psi, weight, y, _matrices(psi, kept))
+        return value, lse, kept
     value, lse = _each(strips.forward, psi, weight, y)
-    return value, lse, value.new_empty(len(psi), 0, 0)
+    return value, lse, value.new_empty(len(psi), 0)
 
 
 _attention.register_fake(_attention_shapes)
@@ -318,11 +332,11 @@ def _attention_backward(
     g_value: Tensor,
     g_lse: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """∂ψ and ∂y, from P [B, N, N] where that was kept, [B, 0, 0] where not."""
+    """∂ψ and ∂y, from P where that was kept."""
     if len(psi) == 0:
         return _attention_backward_shapes(psi, weight, y, value, lse, P, g_value, g_lse)
     if P.numel():
-        g_psi, g_y = _each(strips.whole_backward, psi, y, value, P, g_value, g_lse)
+        g_psi, g_y = _each(strips.whole_backward, psi, y, value, _matrices(psi, P), g_value, g_lse)
     else:
         g_psi, g_y = _each(strips.backward, psi, weight, y, value, lse, g_value, g_lse)
     return g_psi, g_y
@@ -336,9 +350,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     # The outputs are saved with their graph: without it second derivatives would miss d lse.
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[2])
+    # Else a cotangent of P would be made of zeros, as large as P.
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, g_value: Tensor, g_lse: Tensor, _: Tensor) -> tuple[Tensor, None, Tensor, None]:
+def _backward(
+    ctx: Any, g_value: Tensor | None, g_lse: Tensor | None, _: None
+) -> tuple[Tensor, None, Tensor, None]:
+    *_, value, lse, _ = ctx.saved_tensors
+    g_value, g_lse = (torch.zeros_like(x) if g is None else g for x, g in ((value, g_value), (lse, g_lse)))
     g_psi, g_y = _attention_backward(*ctx.saved_tensors, g_value, g_lse)
     return g_psi, None, g_y, None
 

@@ -113,17 +113,14 @@ def backward(
     return _unordered(g_psi, order), weight * _unordered(g_y, order)
 
 
-def whole_forward(psi: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """P y [N, K], lse [N] and P [N, N]: all of it at once."""
-    logits = torch.addmm(weight.log().mT, psi, psi.mT)
-    P = logits.softmax(-1)
-    # Any entry of a row tells it, and the diagonal's are had without looking at the others.
-    own = P.diagonal()
-    lse = logits.diagonal() - own.log()
-    lost = own < math.exp(FLOOR[P.dtype])
-    if bool(lost.any()):
-        lse[lost] = logits[lost].logsumexp(-1)
-    return P @ y, lse, P
+def whole_forward(psi: Tensor, weight: Tensor, y: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
+    """P y [N, K] and lse [N], all of P at once, which is written into P [N, N]."""
+    # ψψᵀ + log w by one product: adding a row to every row would take memory for all of them first.
+    torch.mm(torch.cat([psi, torch.ones_like(weight)], -1), torch.cat([psi, weight.log()], -1).mT, out=P)
+    largest = P.amax(-1)
+    torch.softmax(P, -1, out=P)
+    # Any entry of a row tells its lse, and the largest is never lost.
+    return P @ y, largest - P.amax(-1).log()
 
 
 def whole_backward(
