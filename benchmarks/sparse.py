@@ -7,10 +7,11 @@ personalised PageRank and in the maximum norm for smoothing, is that against our
 Ours is asked for a certified 1e-6. A peer is run with the loosest tolerance, or the fewest steps, that makes
 its true error at most 1e-6, found before the timing: something that no user knows. Where none does, the table
 says what it reached. Many signals are given to those peers alone that for one take less than three times as
-long as the best. Seconds are medians, all methods in turn in a round, on one thread.
+long as the best. Seconds are medians, all methods in turn in a round, on one thread, or as many as --threads says, which
+torch makes use of and scipy does not.
 
     python benchmarks/sparse.py [--data FOLDER] [--peers NAME ...] [--rounds 5] [--side 300]
-        [--sides 500 1000 2000] [--slow]
+        [--sides 500 1000 2000] [--slow] [--threads 1]
 
 needs the extra [bench]; a peer that is not installed is named and left out. The bound: a product reads each
 edge's value and number and the signal, and writes the signal, once, at the rate at which this machine copies
@@ -391,11 +392,12 @@ def main():
         "--sides", type=int, nargs="*", default=[500, 1000, 2000], help="of those for ours alone"
     )
     parser.add_argument("--slow", action="store_true", help="networkx too: minutes")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         return one(int(options.one[0]), float(options.one[1]))
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     # What peers say of beta states, of tolerances out of their reach and of old classes.
     warnings.simplefilter("ignore")
     absent = [name for module, name in PEERS.items() if not there(module)]
@@ -405,7 +407,7 @@ def main():
         if there(m)
     ]
     print(
-        f"{platform.processor() or platform.machine()}, 1 thread, Python {platform.python_version()}, torch "
+        f"{platform.processor() or platform.machine()}, {options.threads} thread{'s' * (options.threads > 1)}, Python {platform.python_version()}, torch "
         f"{torch.__version__}, scipy {version('scipy')}, {', '.join(held)}; float64, true error ≤ {ERROR:g}"
         + (f"; not installed and left out: {', '.join(absent)}" if absent else "")
     )
