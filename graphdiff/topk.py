@@ -29,9 +29,11 @@ from graphdiff.implicit import OnFailure
 from graphdiff.operators.base import Transition, check_transition
 from graphdiff.operators.sparse import SparseTransition
 from graphdiff.solution import ConvergenceError, ConvergenceWarning
-from graphdiff.solvers.push import FALL, Array, Columns, Region
+from graphdiff.solvers.push import Array, Columns, Region
 
 EPS = float(np.finfo(np.float64).eps)
+# Thresholds fall by this from stage to stage; ranks are looked at after each.
+FALL = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,7 +272,10 @@ class _Query:
         weight = 1.0 if measure.scales is None else measure.scales.weight
         self.region = Region(P.T, mu, weight, nonnegative=True, max_work=max_work, columns=measure.columns)
         self.region.start(np.array([source]), np.array([1 - mu]), np.zeros(1))
-        self._wait, self._hidden = 1, 0.0
+        self._hidden, self._next_look = 0.0, 0.0
+        # Conjugate gradients narrow intervals in the end by 1/q, and seldom by more than q^-2.5, in a step.
+        root = math.sqrt(1 - mu * mu)
+        self._speed = 1.25 * math.log((1 + root) / (1 - root)) if mu > 0 else math.inf
 
     def run(self) -> _Ranks:
         """Push until the ranks are known or cannot be."""
@@ -278,7 +283,9 @@ class _Query:
         threshold = float(np.max(region.residual / region.weight))
         while going and not converged:
             threshold *= FALL
-            going = region.settle(0.0, self._enough) if region.whole else region.grow(threshold)
+            going = region.whole or region.grow(threshold)
+            if region.whole:
+                going = region.settle(0.0, self._enough)
             ranks = self._ranks()
             # What is left to push is less than what rounding may hide.
             going = going and float(np.abs(region.residual).sum()) > self._hidden
@@ -315,8 +322,7 @@ class _Query:
 
     def _enough(self, x: Array, r: Array) -> bool:
         """Whether the ranks are known, from the x and r of a solver at work on the whole graph."""
-        self._wait -= 1
-        if self._wait > 0:
+        if self.region.steps < self._next_look:
             return False
         scales, tol = self._scales(), 0.9 * self.tol
         reach = self._reach(r, scales, None)
@@ -327,8 +333,7 @@ class _Query:
             ranks = self._first(x, r, scales, reach, None)
             if float(ranks.gap.max()) <= tol:
                 return True
-        # Each step narrows the intervals, but hardly ever to less than a quarter.
-        self._wait = max(1, int(math.log(self._too_wide(lower, upper), 4)))
+        self._next_look = self.region.steps + math.log(self._too_wide(lower, upper)) / self._speed
         return False
 
     def _too_wide(self, lower: Array, upper: Array) -> float:
