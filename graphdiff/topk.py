@@ -29,11 +29,11 @@ from graphdiff.implicit import OnFailure
 from graphdiff.operators.base import Transition, check_transition
 from graphdiff.operators.sparse import SparseTransition
 from graphdiff.solution import ConvergenceError, ConvergenceWarning
-from graphdiff.solvers.push import Array, Columns, Region
+from graphdiff.solvers.push import FALL, Array, Columns, Region
 
 EPS = float(np.finfo(np.float64).eps)
-# Thresholds fall by this from stage to stage; ranks are looked at after each.
-FALL = 0.01
+# Where much is left to be done thresholds fall by this from stage to stage; ranks are looked at after each.
+FAR = 0.03
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,27 +269,30 @@ class _Query:
         self, P: Transition, source: int, k: int, mu: float, tol: float, measure: Measure, max_work: float
     ) -> None:
         self.P, self.source, self.k, self.mu, self.tol, self.measure = P, source, k, mu, tol, measure
-        weight = 1.0 if measure.scales is None else measure.scales.weight
+        # Degrees that are not the walk's bound nothing, and are no measure of what is left to push.
+        self._measured = measure.scales is not None and mu * math.sqrt(measure.row_sum * measure.ratio) < 1
+        weight = measure.scales.weight if self._measured and measure.scales is not None else 1.0
         self.region = Region(P.T, mu, weight, nonnegative=True, max_work=max_work, columns=measure.columns)
         self.region.start(np.array([source]), np.array([1 - mu]), np.zeros(1))
         self._hidden, self._next_look = 0.0, 0.0
-        # Conjugate gradients narrow intervals in the end by 1/q, and seldom by more than q^-2.5, in a step.
+        # Conjugate gradients narrow intervals by 1/q = √((1 + ρ)/(1 − ρ)) a step, ρ² = 1 − µ², if anything is
+        # hard about the graph, and seldom by more than q^-1.75 for long.
         root = math.sqrt(1 - mu * mu)
-        self._speed = 1.25 * math.log((1 + root) / (1 - root)) if mu > 0 else math.inf
+        self._speed = 0.875 * math.log((1 + root) / (1 - root)) if root < 1 else math.inf
 
     def run(self) -> _Ranks:
         """Push until the ranks are known or cannot be."""
-        region, going, converged = self.region, True, False
+        region, going, converged, too_wide = self.region, True, False, math.inf
         threshold = float(np.max(region.residual / region.weight))
         while going and not converged:
-            threshold *= FALL
+            threshold *= max(FAR, min(FALL, 1 / too_wide))
             going = region.whole or region.grow(threshold)
             if region.whole:
                 going = region.settle(0.0, self._enough)
             ranks = self._ranks()
             # What is left to push is less than what rounding may hide.
             going = going and float(np.abs(region.residual).sum()) > self._hidden
-            converged = bool((ranks.gap <= self.tol).all())
+            converged, too_wide = bool((ranks.gap <= self.tol).all()), _too_wide(ranks, self.tol)
         if converged:
             reason = "every rank is certain" if ranks.certified.all() else "what is left are ties within tol"
         elif region.exhausted:
@@ -318,6 +321,8 @@ class _Query:
         return self._first(x, r, scales, reach, slack)
 
     def _scales(self) -> Scales | None:
+        if not self._measured:
+            return None
         return self.measure.ordered if self.region.whole else self.measure.at(self.region.nodes)
 
     def _enough(self, x: Array, r: Array) -> bool:
@@ -328,21 +333,13 @@ class _Query:
         reach = self._reach(r, scales, None)
         # Cheap, and what the largest alone do not fulfil all do not.
         few = _largest_places(x + r, 2 * self.k)
-        lower, upper = self._interval(x, r, scales, reach, None, few)
-        if float(_ranked(lower, upper, few, self.k, 0.0).gap.max()) <= tol:
+        ranks = _ranked(*self._interval(x, r, scales, reach, None, few), few, self.k, 0.0)
+        if float(ranks.gap.max()) <= tol:
             ranks = self._first(x, r, scales, reach, None)
             if float(ranks.gap.max()) <= tol:
                 return True
-        self._next_look = self.region.steps + math.log(self._too_wide(lower, upper)) / self._speed
+        self._next_look = self.region.steps + math.log(_too_wide(ranks, tol)) / self._speed
         return False
-
-    def _too_wide(self, lower: Array, upper: Array) -> float:
-        """By how much intervals must narrow about their middles for the first ranks to be known, ≥ 1."""
-        order = np.argsort(-(lower + upper))[: self.k + 1]
-        lower, upper = lower[order], upper[order]
-        apart = lower[:-1] + upper[:-1] - lower[1:] - upper[1:] + 2 * self.tol
-        factor = float(np.max((upper[:-1] - lower[:-1] + upper[1:] - lower[1:]) / apart, initial=1.0))
-        return factor if factor < math.inf else 1.0
 
     def _reach(self, r: Array, scales: Scales | None, slack: Array | None) -> Reach:
         """Bounds of µPᵀe from a residual in which rounding may hide `slack`."""
@@ -363,8 +360,10 @@ class _Query:
             largest = float((slack * scales.inverse).max()) + 4 * EPS * max(low, high)
             energy = math.sqrt(mass * largest) + len(r) * EPS * math.sqrt(square)
         root = mu * _summed(mu * math.sqrt(row_sum * ratio)) * (math.sqrt(square) + energy)
-        scale = _amplified(mu * ratio)
-        linear = scale * (low + largest), scale * (high + largest)
+        linear = math.inf, math.inf
+        if mu * ratio < 1:
+            scale = _amplified(mu * ratio)
+            linear = scale * (low + largest), scale * (high + largest)
         return Reach((constant[0], root, linear[0]), (constant[1], root, linear[1]))
 
     def _first(self, x: Array, r: Array, scales: Scales | None, reach: Reach, slack: Array | None) -> _Ranks:
@@ -378,9 +377,9 @@ class _Query:
         few = _largest_places(x + r, self.k)
         lower, _ = self._interval(x, r, scales, reach, slack, few)
         # No node without more than this is one of k: the least of k nodes has it for certain.
-        least = float(lower.min()) - 1e-3 * self.tol if len(few) == self.k else -1.0
-        places = np.flatnonzero(upper > least)
-        beyond = max(least, 0.0) if len(places) < len(upper) else 0.0
+        least = (1 - 1e-9) * float(lower.min()) if len(few) == self.k else 0.0
+        places = np.flatnonzero(upper >= least)
+        beyond = least if len(places) < len(upper) else 0.0
         if not region.closed:
             most = (1.0, *scales.most) if scales is not None else (1.0, 0.0, 0.0)
             unseen = min(a * b for a, b in zip(reach.above, most, strict=True) if a < math.inf or b > 0)
@@ -464,6 +463,14 @@ def _ranked(lower: Array, upper: Array, nodes: Array, k: int, beyond: float) -> 
         certified=np.append(cut & np.append(True, cut[:-1]), none == rest),
         gap=np.append(np.maximum(later - low, 0), none),
     )
+
+
+def _too_wide(ranks: _Ranks, tol: float) -> float:
+    """By how much intervals must narrow about their middles, at least, for all these ranks to be known, ≥ 1."""
+    lower, upper = ranks.lower, ranks.upper
+    apart = lower[:-1] + upper[:-1] - lower[1:] - upper[1:] + 2 * tol
+    width = upper[:-1] - lower[:-1] + upper[1:] - lower[1:]
+    return float(np.max(width / apart, initial=1.0))
 
 
 def _reached(P: Transition, source: int) -> Array:

@@ -358,8 +358,11 @@ class Region:
         Those alone where opening is cheap; else all, which takes longer and opens less often.
         """
         self.open(places)
-        if self.whole or self._columns is None:
+        if self._columns is None:
             self.walk()
+            return
+        if self.whole:
+            # A solver does better from here.
             return
         # They were opened last.
         starts = self._starts[len(self._starts) - 1 - len(places) :]
@@ -433,11 +436,13 @@ class Region:
     def grow(self, threshold: float) -> bool:
         """Open nodes and push until no |residual| is above threshold·weight, or nothing is left to open.
 
+        Where that comes to the whole graph, `settle` has to follow.
+
         Returns:
             False if a limit, or rounding, stands against it.
         """
         done = self._grow(threshold)
-        if not self._fresh:
+        if not self._fresh and not self.whole:
             self.refresh()
         return done
 
