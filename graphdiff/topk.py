@@ -91,6 +91,10 @@ class Scales(NamedTuple):
     column: Array
     most: tuple[float, float]
 
+    def at(self, nodes: Array) -> "Scales":
+        """Those of some of the nodes."""
+        return Scales(self.weight[nodes], self.inverse[nodes], self.column[nodes], self.most)
+
 
 @dataclass(frozen=True, eq=False)
 class Measure:
@@ -110,17 +114,10 @@ class Measure:
     scales: Scales | None = None
     ratio: float = 1.0
 
-    def at(self, nodes: Array) -> Scales | None:
-        """The scales of some nodes."""
-        if self.scales is None:
-            return None
-        weight, inverse, column, most = self.scales
-        return Scales(weight[nodes], inverse[nodes], column[nodes], most)
-
     @cached_property
     def ordered(self) -> Scales | None:
         """The scales of all nodes, in the order of `Columns.whole`."""
-        return self.at(self.columns.whole.order)
+        return None if self.scales is None else self.scales.at(self.columns.whole.order)
 
 
 class Reach(NamedTuple):
@@ -270,8 +267,9 @@ class _Query:
     ) -> None:
         self.P, self.source, self.k, self.mu, self.tol, self.measure = P, source, k, mu, tol, measure
         # Degrees that are not the walk's bound nothing, and are no measure of what is left to push.
-        self._measured = measure.scales is not None and mu * math.sqrt(measure.row_sum * measure.ratio) < 1
-        weight = measure.scales.weight if self._measured and measure.scales is not None else 1.0
+        bounded = mu * math.sqrt(measure.row_sum * measure.ratio) < 1
+        self._scales = measure.scales if bounded else None
+        weight = 1.0 if self._scales is None else self._scales.weight
         self.region = Region(P.T, mu, weight, nonnegative=True, max_work=max_work, columns=measure.columns)
         self.region.start(np.array([source]), np.array([1 - mu]), np.zeros(1))
         self._hidden, self._next_look = 0.0, 0.0
@@ -307,7 +305,7 @@ class _Query:
         while len(region.nodes) < self.k and not region.closed:
             # Nodes with next to nothing rank too.
             region.open_border()
-        x, r, scales = region.x, region.residual, self._scales()
+        x, r, scales = region.x, region.residual, self._known()
         # Rounding of the product, of its difference from b and x, and of µ and 1 − µ.
         slack = (self.measure.terms + 8) * EPS * (2 * x + np.abs(r) + 2 * region.b)
         self._hidden = float(slack.sum())
@@ -320,16 +318,17 @@ class _Query:
             return _ranked(*bounds, region.nodes[places], self.k, 0.0)
         return self._first(x, r, scales, reach, slack)
 
-    def _scales(self) -> Scales | None:
-        if not self._measured:
-            return None
-        return self.measure.ordered if self.region.whole else self.measure.at(self.region.nodes)
+    def _known(self) -> Scales | None:
+        """The scales of the known nodes."""
+        if self._scales is None or self.region.whole:
+            return self._scales and self.measure.ordered
+        return self._scales.at(self.region.nodes)
 
     def _enough(self, x: Array, r: Array) -> bool:
         """Whether the ranks are known, from the x and r of a solver at work on the whole graph."""
         if self.region.steps < self._next_look:
             return False
-        scales, tol = self._scales(), 0.9 * self.tol
+        scales, tol = self._known(), 0.9 * self.tol
         reach = self._reach(r, scales, None)
         # Cheap, and what the largest alone do not fulfil all do not.
         few = _largest_places(x + r, 2 * self.k)
@@ -399,7 +398,7 @@ class _Query:
         """Bounds of y, which is ≥ 0, at some of the known nodes."""
         middle, there = x[places] + r[places], None
         if scales is not None:
-            there = Scales(*(x[places] for x in scales[:3]), scales.most)
+            there = scales.at(places)
         below, above = (_within(side, there) for side in reach)
         if slack is not None:
             below, above = below + slack[places], above + slack[places]
@@ -466,7 +465,7 @@ def _ranked(lower: Array, upper: Array, nodes: Array, k: int, beyond: float) -> 
 
 
 def _too_wide(ranks: _Ranks, tol: float) -> float:
-    """By how much intervals must narrow about their middles, at least, for all these ranks to be known, ≥ 1."""
+    """By how much intervals must narrow, at least, for all these ranks to be known, ≥ 1."""
     lower, upper = ranks.lower, ranks.upper
     apart = lower[:-1] + upper[:-1] - lower[1:] - upper[1:] + 2 * tol
     width = upper[:-1] - lower[:-1] + upper[1:] - lower[1:]

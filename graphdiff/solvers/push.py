@@ -373,8 +373,7 @@ class Region:
         flow = np.repeat(moved, np.diff(starts))
         flow *= self._values[edges]
         arrived = np.bincount(self._ends[edges], flow, len(self.nodes))
-        arrived *= self.mu if isinstance(self.mu, float) else self.mu[self.nodes]
-        self.residual += arrived
+        self.residual += _at(self.mu, self.nodes) * arrived
         self.work += len(flow)
         self._fresh = False
         self._stepped(1)
