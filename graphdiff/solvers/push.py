@@ -542,17 +542,19 @@ class Region:
         product = float(shadow @ r)
         best, least, waited = x.copy(), math.inf, 0
         while waited < self._patience and not self.exhausted:
-            image = direction - self.product(direction)[self.opened]
+            image = self.product(direction)[self.opened]
+            np.subtract(direction, image, out=image)
             alpha = _quotient(product, float(shadow @ image))
-            half = r - alpha * image
-            second = half - self.product(half)[self.opened]
-            omega = _quotient(float(second @ half), float(second @ second))
+            _add(image, -alpha, r)
+            second = self.product(r)[self.opened]
+            np.subtract(r, second, out=second)
+            omega = _quotient(float(second @ r), float(second @ second))
             self._stepped(2)
             if alpha * omega == 0 or not math.isfinite(alpha * omega):
                 break
-            x += alpha * direction
-            x += omega * half
-            r = half - omega * second
+            _add(direction, alpha, x)
+            _add(r, omega, x)
+            _add(second, -omega, r)
             size = _largest(r, measure)
             waited = 0 if size < 0.5 * least else waited + 1
             if size < least:
@@ -564,7 +566,9 @@ class Region:
                 best = x
                 break
             following = float(shadow @ r)
-            direction = r + (following / product * alpha / omega) * (direction - omega * image)
+            _add(image, -omega, direction)
+            direction *= following / product * alpha / omega
+            direction += r
             product = following
         self.x[self.opened] = best
 

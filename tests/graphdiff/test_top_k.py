@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graphdiff as gd
+from graphdiff.topk import _largest_places
 from tests.graphdiff.zoo import oracle, problems, to_the_last_digit
 
 SPARSE = (
@@ -179,6 +180,16 @@ def test_many_nodes_of_which_few_can_matter(directed):
         found = gd.top_k(P, source, k, tol=1e-5)
         assert found.converged
         check(found, sol.value, 1e-5, float(sol.error_bound))
+
+
+@given(st.integers(0, 10**6), st.sampled_from([5000, 9999]), st.integers(1, 700), st.booleans())
+def test_the_largest_are_found_wherever_they_stand(seed, size, count, hidden):
+    """All but every sixteenth are looked at last, and the largest may all be among those, or none."""
+    values = np.random.default_rng(seed).exponential(size=size)
+    values[::16] += 10 if hidden else -10
+    found = _largest_places(values, count)
+    assert len(set(found.tolist())) == count
+    assert np.array_equal(np.sort(values[found]), np.sort(values)[size - count :])
 
 
 @pytest.mark.parametrize("mu", [0.5, 0.85, 0.95])
