@@ -8,13 +8,13 @@ With y the exact distribution, x ≥ 0 what has been pushed and r the residual, 
     ‖e‖ ≤ ‖r‖ / (1 − µ√(ρσ))  in  ‖e‖² = Σ e_v²/w_v,  because Pᵀ is at most √(ρσ) there.
 
 The degrees of a reversible walk are such a measure with ρ = 1. That is not taken on trust: ρ is
-computed, once for each walk. What is bounded is y_v − x_v − r_v = µ Σ_u P_uv e_u: by the first, as P_uv ≤ σ, a
-constant; by the second, as Pᵀw ≤ ρw, a multiple of w_v; by the third, which is Cauchy's
+computed, once for each walk. What is bounded is y_v − x_v − r_v = µ Σ_u P_uv e_u: by the first, as P_uv ≤ σ,
+by a constant; by the second, as Pᵀw ≤ ρw, by a multiple of w_v; by the third, after Cauchy and Schwarz,
 
     |Σ_u P_uv e_u| ≤ c_v ‖e‖,   c_v² = Σ_u w_u P_uv²,
 
-a multiple of c_v. That is at most √(ρσ w_v), and far less where walks into v come from many nodes. The least of
-the three holds.
+by a multiple of c_v. That is at most √(ρσ w_v), and far less where walks into v come from many nodes. The
+least of the three holds.
 """
 
 import math
@@ -185,10 +185,10 @@ def top_k(
     stops as soon as no rank can change by more than `tol`, so on a graph where that is a matter of the
     neighbourhood the work does not depend on N. Where it is not, it goes on as a solve on the whole graph.
 
-    The first call for a walk looks at every edge, to find out by what errors are bounded; later calls with the
-    same P do not. Kept beside P are three numbers a node and, once a query has become a solve on the whole
-    graph, its edges in an order that is fast to multiply by: 12 bytes an edge (16 from 2³¹ edges on) and 40 a
-    node.
+    The first call for a walk looks at every edge, to find out by what errors are bounded; later calls with
+    the same P do not. Kept beside P are three numbers a node and, once a query has become a solve on the
+    whole graph, its edges in an order that is fast to multiply by: 12 bytes an edge (16 from 2³¹ edges on)
+    and some 44 a node.
 
     Args:
         P: The walk, one graph, sparse, not its transpose: ``P[i, j]`` is the probability of the step i → j.
