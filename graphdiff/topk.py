@@ -8,15 +8,21 @@ With y the exact distribution, x ≥ 0 what has been pushed and r the residual, 
     ‖e‖ ≤ ‖r‖ / (1 − µ√(ρσ))  in  ‖e‖² = Σ e_v²/w_v,  because Pᵀ is at most √(ρσ) there.
 
 The degrees of a reversible walk are such a measure with ρ = 1. That is not taken on trust: ρ is
-computed, once for each walk. So y_v − x_v − r_v lies within the least of a constant, a multiple of √w_v and
-one of w_v.
+computed, once for each walk. What is bounded is y_v − x_v − r_v = µ Σ_u P_uv e_u: by the first, as P_uv ≤ σ,
+by a constant; by the second, as Pᵀw ≤ ρw, by a multiple of w_v; by the third, after Cauchy and Schwarz,
+
+    |Σ_u P_uv e_u| ≤ c_v ‖e‖,   c_v² = Σ_u w_u P_uv²,
+
+by a multiple of c_v. That is at most √(ρσ w_v), and far less where walks into v come from many nodes. The
+least of the three holds.
 """
 
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -28,9 +34,11 @@ from graphdiff.implicit import OnFailure
 from graphdiff.operators.base import Transition, check_transition
 from graphdiff.operators.sparse import SparseTransition
 from graphdiff.solution import ConvergenceError, ConvergenceWarning
-from graphdiff.solvers.push import FALL, Array, Region
+from graphdiff.solvers.push import FALL, Array, Columns, Region
 
 EPS = float(np.finfo(np.float64).eps)
+# Where much is left to be done thresholds fall by this from stage to stage; ranks are looked at after each.
+FAR = 0.03
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,55 +88,83 @@ class TopK:
         )
 
 
-class Measure(NamedTuple):
-    """What bounds the errors of a walk.
+class Scales(NamedTuple):
+    """What errors at some nodes are measured by: w, 1/w and c, and the largest c and w of any node."""
 
-    The most edges into a node, σ, and w [N], its largest entry and ρ, if there is such a measure.
+    weight: Array
+    inverse: Array
+    column: Array
+    most: tuple[float, float]
+
+    def at(self, nodes: Array) -> "Scales":
+        """Those of some of the nodes."""
+        return Scales(self.weight[nodes], self.inverse[nodes], self.column[nodes], self.most)
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """What is kept of a walk: its columns, and what bounds the errors.
+
+    Attributes:
+        columns: Those of Pᵀ.
+        terms: The most edges into a node.
+        row_sum: σ.
+        scales: Of all nodes, if there is such a measure.
+        ratio: ρ.
     """
 
+    columns: Columns
     terms: int
     row_sum: float
-    weight: Array | None = None
-    largest: float = 1.0
+    scales: Scales | None = None
     ratio: float = 1.0
+
+    @cached_property
+    def ordered(self) -> Scales | None:
+        """The scales of all nodes, in the order of `Columns.whole`."""
+        return None if self.scales is None else self.scales.at(self.columns.whole.order)
 
 
 class Reach(NamedTuple):
-    """How far y − x − r may lie from 0: a constant, and multiples of √w and w; to below and to above."""
+    """How far y − x − r may lie from 0: a constant, and multiples of c and w; to below and to above."""
 
     below: tuple[float, float, float]
     above: tuple[float, float, float]
 
-    def most(self, weight: float) -> float:
-        """The largest y of a node that holds neither answer nor residual, of a weight up to this."""
-        constant, rooted, linear = self.above
-        return min(constant, rooted * math.sqrt(weight), linear * weight)
 
-
-_MEASURES: WeakKeyDictionary[Transition, Measure] = WeakKeyDictionary()
+# With the versions of the tensors that they are made from.
+_MEASURES: WeakKeyDictionary[Transition, tuple[tuple[int, ...], Measure]] = WeakKeyDictionary()
 
 
 def _measure(P: Transition) -> Measure:
     """That of a walk; looks at every edge, once."""
-    if P not in _MEASURES:
-        _MEASURES[P] = _new_measure(P)
-    return _MEASURES[P]
+    versions = tuple(0 if t.is_inference() else t._version for t in P.tensors())
+    kept = _MEASURES.get(P)
+    if kept is None or kept[0] != versions:
+        kept = _MEASURES[P] = versions, _new_measure(P)
+    return kept[1]
 
 
 def _new_measure(P: Transition) -> Measure:
     matrix = P.to_scipy()
-    terms = int(np.bincount(matrix.indices, minlength=1).max())
+    columns, terms = Columns(matrix), int(np.bincount(matrix.indices, minlength=1).max())
     sums = P.row_sums
     row_sum = float(sums.max()) if isinstance(sums, Tensor) else sums
     row_sum *= 1 + (len(matrix.indices) + 4) * EPS
     log_degree = P.log_degree if P.reversible else None
     if log_degree is None:
-        return Measure(terms, row_sum)
+        return Measure(columns, terms, row_sum)
     degree = log_degree.detach().cpu().double().numpy()
     # Smaller than this is no measure: residuals divided by it would be larger than numbers are.
     weight = np.exp(np.maximum(degree - degree.max(), -600))
-    ratio = float(((weight @ matrix) / weight).max()) * (1 + (terms + 4) * EPS)
-    return Measure(terms, row_sum, weight, 1.0, ratio)
+    rounding = 1 + (terms + 4) * EPS
+    ratio = float(((weight @ matrix) / weight).max()) * rounding
+    squares = matrix.astype(np.float64)
+    squares.data *= squares.data
+    # Squares too small to be numbers are not lost.
+    column = np.sqrt(weight @ squares) * rounding + 1e-150
+    most = float(column.max()), float(weight.max())
+    return Measure(columns, terms, row_sum, Scales(weight, 1 / weight, column, most), ratio)
 
 
 def top_k(
@@ -149,8 +185,10 @@ def top_k(
     stops as soon as no rank can change by more than `tol`, so on a graph where that is a matter of the
     neighbourhood the work does not depend on N. Where it is not, it goes on as a solve on the whole graph.
 
-    The first call for a walk looks at every edge once, to find out by what errors are bounded; later calls
-    with the same P do not.
+    The first call for a walk looks at every edge, to find out by what errors are bounded; later calls with
+    the same P do not. Kept beside P are three numbers a node and, once a query has become a solve on the
+    whole graph, its edges in an order that is fast to multiply by: 12 bytes an edge (16 from 2³¹ edges on)
+    and some 44 a node.
 
     Args:
         P: The walk, one graph, sparse, not its transpose: ``P[i, j]`` is the probability of the step i → j.
@@ -235,24 +273,31 @@ class _Query:
         self, P: Transition, source: int, k: int, mu: float, tol: float, measure: Measure, max_work: float
     ) -> None:
         self.P, self.source, self.k, self.mu, self.tol, self.measure = P, source, k, mu, tol, measure
-        weight = 1.0 if measure.weight is None else measure.weight
-        self.region = Region(P.T, mu, weight, nonnegative=True, max_work=max_work)
+        # Degrees that are not the walk's bound nothing, and are no measure of what is left to push.
+        bounded = mu * math.sqrt(measure.row_sum * measure.ratio) < 1
+        self._scales = measure.scales if bounded else None
+        weight = 1.0 if self._scales is None else self._scales.weight
+        self.region = Region(P.T, mu, weight, nonnegative=True, max_work=max_work, columns=measure.columns)
         self.region.start(np.array([source]), np.array([1 - mu]), np.zeros(1))
-        # Nodes that decide, once the region is the whole graph.
-        self._few: Array | None = None
-        self._looks, self._hidden = 0, 0.0
+        self._hidden, self._next_look = 0.0, 0.0
+        # Conjugate gradients narrow intervals by 1/q = √((1 + ρ)/(1 − ρ)) a step, ρ² = 1 − µ², if anything is
+        # hard about the graph, and seldom by more than q^-1.75 for long.
+        root = math.sqrt(1 - mu * mu)
+        self._speed = 0.875 * math.log((1 + root) / (1 - root)) if root < 1 else math.inf
 
     def run(self) -> _Ranks:
         """Push until the ranks are known or cannot be."""
-        region, going, converged = self.region, True, False
+        region, going, converged, too_wide = self.region, True, False, math.inf
         threshold = float(np.max(region.residual / region.weight))
         while going and not converged:
-            threshold *= FALL
-            going = region.settle(0.0, self._enough) if region.whole else region.grow(threshold)
+            threshold *= max(FAR, min(FALL, 1 / too_wide))
+            going = region.whole or region.grow(threshold)
+            if region.whole:
+                going = region.settle(0.0, self._enough)
             ranks = self._ranks()
             # What is left to push is less than what rounding may hide.
             going = going and float(np.abs(region.residual).sum()) > self._hidden
-            converged = bool((ranks.gap <= self.tol).all())
+            converged, too_wide = bool((ranks.gap <= self.tol).all()), _too_wide(ranks, self.tol)
         if converged:
             reason = "every rank is certain" if ranks.certified.all() else "what is left are ties within tol"
         elif region.exhausted:
@@ -267,77 +312,138 @@ class _Query:
         while len(region.nodes) < self.k and not region.closed:
             # Nodes with next to nothing rank too.
             region.open_border()
-            region.walk()
-        x, r, nodes = region.x, region.residual, region.nodes
+        x, r, scales = region.x, region.residual, self._known()
         # Rounding of the product, of its difference from b and x, and of µ and 1 − µ.
         slack = (self.measure.terms + 8) * EPS * (2 * x + np.abs(r) + 2 * region.b)
         self._hidden = float(slack.sum())
-        reach = self._reach(r, region.weight, slack)
-        lower, upper = self._interval(x, r, region.weight, reach, slack + 4 * EPS * x)
+        reach = self._reach(r, scales, slack)
+        slack += 4 * EPS * x
         if region.whole and np.count_nonzero(x) < self.k:
             # Some may not be reached at all.
-            nodes = _reached(self.P, self.source)
-            lower, upper = lower[nodes], upper[nodes]
-        beyond = 0.0 if region.closed else reach.most(self.measure.largest)
-        return _ranked(lower, upper, nodes, self.k, beyond)
+            places = region.places(_reached(self.P, self.source))
+            bounds = self._interval(x, r, scales, reach, slack, places)
+            return _ranked(*bounds, region.nodes[places], self.k, 0.0)
+        return self._first(x, r, scales, reach, slack)
+
+    def _known(self) -> Scales | None:
+        """The scales of the known nodes."""
+        if self._scales is None or self.region.whole:
+            return self._scales and self.measure.ordered
+        return self._scales.at(self.region.nodes)
 
     def _enough(self, x: Array, r: Array) -> bool:
         """Whether the ranks are known, from the x and r of a solver at work on the whole graph."""
-        region, self._looks = self.region, self._looks + 1
-        # Looking costs half of a step.
-        if self._looks % 2:
+        if self.region.steps < self._next_look:
             return False
-        reach = self._reach(r, region.weight, None)
-        if self._few is not None:
-            # Cheap, and what a few do not fulfil all do not.
-            few = self._few
-            bounds = self._interval(x[few], r[few], region.weight[few], reach, 0.0)
-            if float(_ranked(*bounds, few, self.k, 0.0).gap.max()) > 0.9 * self.tol:
-                return False
-        lower, upper = self._interval(x, r, region.weight, reach, 0.0)
-        first = max(len(x) - 2 * self.k, 0)
-        self._few = np.argpartition(lower + upper, first)[first:]
-        return float(_ranked(lower, upper, region.nodes, self.k, 0.0).gap.max()) <= 0.9 * self.tol
+        scales, tol = self._known(), 0.9 * self.tol
+        reach = self._reach(r, scales, None)
+        # Cheap, and what the largest alone do not fulfil all do not.
+        few = _largest_places(x + r, 2 * self.k)
+        ranks = _ranked(*self._interval(x, r, scales, reach, None, few), few, self.k, 0.0)
+        if float(ranks.gap.max()) <= tol:
+            ranks = self._first(x, r, scales, reach, None)
+            if float(ranks.gap.max()) <= tol:
+                return True
+        self._next_look = self.region.steps + math.log(_too_wide(ranks, tol)) / self._speed
+        return False
 
-    def _reach(self, r: Array, weight: Array, slack: Array | None) -> Reach:
+    def _reach(self, r: Array, scales: Scales | None, slack: Array | None) -> Reach:
         """Bounds of µPᵀe from a residual in which rounding may hide `slack`."""
-        mu, (_, row_sum, measured, _, ratio) = self.mu, self.measure
-        up = float(np.maximum(r, 0).sum())
-        down = up - float(r.sum())
+        mu, row_sum, ratio = self.mu, self.measure.row_sum, self.measure.ratio
+        size, total = float(np.abs(r).sum()), float(r.sum())
         mass = largest = energy = 0.0
         if slack is not None:
             # These sums have rounding of their own.
-            mass = float(slack.sum()) + 3 * len(r) * EPS * (up + down)
+            mass = float(slack.sum()) + 4 * len(r) * EPS * size
         scale = _amplified(mu * row_sum)
-        constant = scale * (down + mass), scale * (up + mass)
-        if measured is None:
+        constant = scale * ((size - total) / 2 + mass), scale * ((size + total) / 2 + mass)
+        if scales is None:
             return Reach(*((c, math.inf, math.inf) for c in constant))
-        quotient = r / weight
+        quotient = r * scales.inverse
         low, high = max(-float(quotient.min()), 0.0), max(float(quotient.max()), 0.0)
         square = float(quotient @ r)
         if slack is not None:
-            largest = float((slack / weight).max()) + 4 * EPS * max(low, high)
+            largest = float((slack * scales.inverse).max()) + 4 * EPS * max(low, high)
             energy = math.sqrt(mass * largest) + len(r) * EPS * math.sqrt(square)
-        root = _amplified(mu * math.sqrt(row_sum * ratio)) * (math.sqrt(square) + energy)
-        scale = _amplified(mu * ratio)
-        linear = scale * (low + largest), scale * (high + largest)
+        root = mu * _summed(mu * math.sqrt(row_sum * ratio)) * (math.sqrt(square) + energy)
+        linear = math.inf, math.inf
+        if mu * ratio < 1:
+            scale = _amplified(mu * ratio)
+            linear = scale * (low + largest), scale * (high + largest)
         return Reach((constant[0], root, linear[0]), (constant[1], root, linear[1]))
 
+    def _first(self, x: Array, r: Array, scales: Scales | None, reach: Reach, slack: Array | None) -> _Ranks:
+        """The first ranks among all nodes."""
+        region = self.region
+        upper = _within(reach.above, scales)
+        upper += x
+        upper += r
+        if slack is not None:
+            upper += slack
+        few = _largest_places(x + r, self.k)
+        lower, _ = self._interval(x, r, scales, reach, slack, few)
+        # No node without more than this is one of k: the least of k nodes has it for certain.
+        least = (1 - 1e-9) * float(lower.min()) if len(few) == self.k else 0.0
+        places = np.flatnonzero(upper >= least)
+        beyond = least if len(places) < len(upper) else 0.0
+        if not region.closed:
+            most = (1.0, *scales.most) if scales is not None else (1.0, 0.0, 0.0)
+            unseen = min(a * b for a, b in zip(reach.above, most, strict=True) if a < math.inf or b > 0)
+            beyond = max(beyond, unseen)
+        bounds = self._interval(x, r, scales, reach, slack, places)
+        return _ranked(*bounds, region.nodes[places], self.k, beyond)
+
     def _interval(
-        self, x: Array, r: Array, weight: Array, reach: Reach, slack: Array | float
+        self,
+        x: Array,
+        r: Array,
+        scales: Scales | None,
+        reach: Reach,
+        slack: Array | None,
+        places: Array,
     ) -> tuple[Array, Array]:
-        """Bounds of y, which is ≥ 0, on some nodes."""
-        middle, root = x + r, np.sqrt(weight)
-        below, above = (
-            np.minimum(np.minimum(constant, rooted * root), linear * weight)
-            for constant, rooted, linear in reach
-        )
-        return np.maximum(middle - below - slack, 0), np.maximum(middle + above + slack, 0)
+        """Bounds of y, which is ≥ 0, at some of the known nodes."""
+        middle, there = x[places] + r[places], None
+        if scales is not None:
+            there = scales.at(places)
+        below, above = (_within(side, there) for side in reach)
+        if slack is not None:
+            below, above = below + slack[places], above + slack[places]
+        return np.maximum(middle - below, 0), np.maximum(middle + above, 0)
+
+
+def _within(side: tuple[float, float, float], scales: Scales | None) -> Any:
+    """One side of a reach, at some nodes."""
+    constant, rooted, linear = side
+    if scales is None:
+        return constant
+    bound = rooted * scales.column
+    np.minimum(bound, linear * scales.weight, out=bound)
+    return np.minimum(bound, constant, out=bound)
+
+
+def _largest_places(values: Array, count: int) -> Array:
+    """The places of the `count` largest values, or of all, in any order."""
+    places = np.arange(len(values))
+    if len(values) > 8 * count and len(values) > 4096:
+        # Enough of them are above what is large among one in sixteen.
+        part = values[::16]
+        bar = np.partition(part, len(part) - count // 8 - 32)[len(part) - count // 8 - 32]
+        above = np.flatnonzero(values >= bar)
+        places = above if len(above) >= count else places
+    if len(places) <= count:
+        return places
+    return places[np.argpartition(values[places], len(places) - count)[len(places) - count :]]
+
+
+def _summed(rate: float) -> float:
+    """1 + rate + rate² + …, and a little more than its rounding."""
+    return (1 + 1e-14) / (1 - rate) if rate < 1 else math.inf
 
 
 def _amplified(rate: float) -> float:
     """rate + rate² + …, and a little more than its rounding."""
-    return rate / (1 - rate) * (1 + 1e-14) if rate < 1 else math.inf
+    return rate * _summed(rate)
 
 
 def _ranked(lower: Array, upper: Array, nodes: Array, k: int, beyond: float) -> _Ranks:
@@ -363,6 +469,14 @@ def _ranked(lower: Array, upper: Array, nodes: Array, k: int, beyond: float) -> 
         certified=np.append(cut & np.append(True, cut[:-1]), none == rest),
         gap=np.append(np.maximum(later - low, 0), none),
     )
+
+
+def _too_wide(ranks: _Ranks, tol: float) -> float:
+    """By how much intervals must narrow, at least, for all these ranks to be known, ≥ 1."""
+    lower, upper = ranks.lower, ranks.upper
+    apart = lower[:-1] + upper[:-1] - lower[1:] - upper[1:] + 2 * tol
+    width = upper[:-1] - lower[:-1] + upper[1:] - lower[1:]
+    return float(np.max(width / apart, initial=1.0))
 
 
 def _reached(P: Transition, source: int) -> Array:

@@ -15,6 +15,7 @@ edges of the region times the rounds; the size of the graph does not enter.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +38,52 @@ AHEAD = 0.3
 SETTLED = 0.5
 # A region that knows this part of all nodes becomes the whole graph, without the price of finding its way.
 PART = 0.25
+# And so does one that would more than double its edges at once and then have this part of all of them, where
+# the whole is at hand.
+EDGES = 0.02
+
+
+class Whole(NamedTuple):
+    """P in float64 with its nodes in another order, and where they stand in it.
+
+    Attributes:
+        matrix: P, rows and columns alike in this order.
+        order: The node at each place, [N].
+        place: 1 + the place of each node, [N].
+    """
+
+    matrix: Any
+    order: Array
+    place: Array
+
+
+class Columns:
+    """The columns of P, kept by who makes many regions in one graph.
+
+    Args:
+        columns: Pᵀ as a `scipy.sparse.csr_array`. Its arrays are used as they are.
+    """
+
+    def __init__(self, columns: Any) -> None:
+        self.indptr, self.indices, self.values = columns.indptr, columns.indices, columns.data
+
+    @cached_property
+    def whole(self) -> Whole:
+        """All of P, the nodes of longest rows first; held from the first call on, 12 or 16 bytes an edge.
+
+        Rows of one length beside each other are summed up to twice as fast: a processor then foresees where
+        a row ends. The nodes that most edges come from are near each other, too.
+        """
+        from scipy import sparse
+
+        nodes = len(self.indptr) - 1
+        rows = sparse.csr_array((self.values, self.indices, self.indptr), shape=(nodes, nodes)).T.tocsr()
+        order = np.argsort(-np.diff(rows.indptr), kind="stable")
+        place = np.empty_like(order)
+        place[order] = np.arange(1, nodes + 1)
+        rows = rows[order].astype(np.float64, copy=False)
+        rows.indices = (place - 1).astype(rows.indices.dtype)[rows.indices]
+        return Whole(rows, order, place)
 
 
 class Pushed(NamedTuple):
@@ -166,6 +213,7 @@ class Region:
         max_steps: Most rounds of pushing.
         max_work: Most edges to go along.
         going_on: Asked after every round; False ends the pushing.
+        columns: The columns of P, where they are at hand; else the operator is asked for them.
 
     Attributes:
         nodes: The known nodes, [known].
@@ -189,10 +237,11 @@ class Region:
         max_steps: float = math.inf,
         max_work: float = math.inf,
         going_on: "Callable[[Region], bool] | None" = None,
+        columns: Columns | None = None,
     ) -> None:
         nodes = operator.shape[-1]
         self.operator, self.mu, self.weights, self.nonnegative = operator, mu, weight, nonnegative
-        self._columns, self._device = operator.T, operator.device
+        self._columns = columns
         self.max_steps, self.max_work, self._going_on = max_steps, max_work, going_on
         self._log_degree = _log_degree(operator) if isinstance(mu, float) and mu > 0 else None
         # Halving what is left takes no more steps than this, if steps help at all; and no more walks.
@@ -207,6 +256,7 @@ class Region:
         self._starts = np.zeros(1, self._place.dtype)
         self._ends, self._values = np.empty(0, self._place.dtype), np.empty(0)
         self._matrix: Any = None
+        self._fresh = True
         self.whole = False
         self.steps = self.work = 0
 
@@ -227,8 +277,9 @@ class Region:
         return self.whole or len(self.opened) == len(self.nodes)
 
     def open_border(self) -> None:
-        """Open all known nodes."""
-        self.open(np.flatnonzero(~self._is_open))
+        """Open all known nodes, push those that are new, and refresh."""
+        self._advance(np.flatnonzero(~self._is_open))
+        self.refresh()
 
     def start(self, nodes: Array, b: Array, x: Array) -> None:
         """Right-hand side and first guess on some nodes, each named once; both are 0 on all others."""
@@ -264,16 +315,17 @@ class Region:
         """Load the columns of some known nodes that are not opened yet."""
         if len(places) == 0:
             return
-        with torch.no_grad():
-            index = torch.from_numpy(self.nodes[places]).to(self._device)
-            found = self._columns.neighbours(index)
-        position, node, value = (t.cpu().numpy() for t in found)
+        found = self._entries(self.nodes[places])
+        if found is None:
+            self._take_all()
+            return
+        counts, node, value = found
         self._know(node)
         used, more = int(self._starts[-1]), len(node)
         self._ends, self._values = _room(self._ends, used, more), _room(self._values, used, more)
-        self._ends[used : used + more] = self._place[node] - 1
+        self._ends[used : used + more] = self._place[node]
+        self._ends[used : used + more] -= 1
         self._values[used : used + more] = value
-        counts = np.bincount(position, minlength=len(places))
         ends = (used + counts.cumsum()).astype(self._starts.dtype)
         self._starts = np.concatenate([self._starts, ends])
         self.opened = np.concatenate([self.opened, places])
@@ -282,22 +334,71 @@ class Region:
         if len(self.nodes) > PART * len(self._place):
             self._take_all()
 
+    def _entries(self, nodes: Array) -> tuple[Array, Array, Array] | None:
+        """How many entries the columns of some nodes have, and their rows and values; None if too many."""
+        if self._columns is not None:
+            indptr, indices, values = self._columns.indptr, self._columns.indices, self._columns.values
+            first = indptr[nodes].astype(np.int64)
+            counts = indptr[nodes + 1] - first
+            last = counts.cumsum()
+            used, more = int(self._starts[-1]), int(last[-1])
+            if more > used and used + more > EDGES * len(indices):
+                return None
+            edge = np.repeat(first - last + counts, counts)
+            edge += np.arange(len(edge))
+            return counts, indices[edge], values[edge]
+        with torch.no_grad():
+            found = self.operator.T.neighbours(torch.from_numpy(nodes).to(self.operator.device))
+        position, node, value = (t.cpu().numpy() for t in found)
+        return np.bincount(position, minlength=len(nodes)), node, value
+
+    def _advance(self, places: Array) -> None:
+        """Open some known nodes and push.
+
+        Those alone where opening is cheap; else all, which takes longer and opens less often.
+        """
+        self.open(places)
+        if self._columns is None:
+            self.walk()
+            return
+        if self.whole:
+            # A solver does better from here.
+            return
+        # They were opened last.
+        starts = self._starts[len(self._starts) - 1 - len(places) :]
+        edges = slice(int(starts[0]), int(starts[-1]))
+        moved = self.residual[places]
+        self.x[places] += moved
+        self.residual[places] = 0
+        flow = np.repeat(moved, np.diff(starts))
+        flow *= self._values[edges]
+        arrived = np.bincount(self._ends[edges], flow, len(self.nodes))
+        self.residual += _at(self.mu, self.nodes) * arrived
+        self.work += len(flow)
+        self._fresh = False
+        self._stepped(1)
+
     def _take_all(self) -> None:
-        """Every node becomes known and opened, in its own place."""
+        """Every node becomes known and opened."""
+        if self._columns is not None:
+            self._matrix, order, place = self._columns.whole
+        else:
+            rows = self.operator.stochastic == "rows"
+            matrix = self.operator.to_scipy() if rows else self.operator.T.to_scipy().T
+            self._matrix, order = matrix.astype(np.float64, copy=False), np.arange(len(self._place))
+            place = order + 1
+        places = place[self.nodes] - 1
 
         def spread(x: Array) -> Array:
-            full = np.zeros(len(self._place))
-            full[self.nodes] = x
+            full = np.zeros(len(order))
+            full[places] = x
             return full
 
         self.b, self.x, self.residual = spread(self.b), spread(self.x), spread(self.residual)
-        self.nodes = np.arange(len(self._place))
-        self._place = self.nodes + 1
-        self.weight = np.zeros(len(self.nodes)) + self.weights
-        self.opened, self._is_open = slice(None), np.ones(len(self.nodes), bool)
-        rows = self.operator.stochastic == "rows"
-        matrix = self.operator.to_scipy() if rows else self.operator.T.to_scipy().T
-        self._matrix, self.whole = matrix.astype(np.float64, copy=False), True
+        self.nodes, self._place = order, place
+        self.weight = _at(self.weights, order)
+        self.opened, self._is_open = slice(None), np.ones(len(order), bool)
+        self.whole = True
 
     def product(self, x: Array) -> Array:
         """MP x on the known nodes, for an x on the opened ones."""
@@ -319,6 +420,7 @@ class Region:
         self.residual = self.product(self.x[self.opened])
         self.residual += self.b
         self.residual -= self.x
+        self._fresh = True
 
     def walk(self) -> None:
         """Push every opened node once."""
@@ -333,20 +435,28 @@ class Region:
     def grow(self, threshold: float) -> bool:
         """Open nodes and push until no |residual| is above threshold·weight, or nothing is left to open.
 
+        Where that comes to the whole graph, `settle` has to follow.
+
         Returns:
             False if a limit, or rounding, stands against it.
         """
+        done = self._grow(threshold)
+        if not self._fresh and not self.whole:
+            self.refresh()
+        return done
+
+    def _grow(self, threshold: float) -> bool:
         while not self.whole:
             size = np.abs(self.residual)
             size /= self.weight
             size[self._is_open] = 0
-            if not bool((size > threshold).any()) and self.size() <= threshold:
+            beyond = bool((size > threshold).any())
+            if not beyond and self.size() <= threshold:
                 return True
             if self.exhausted:
                 return False
-            if bool((size > threshold).any()):
-                self.open(np.flatnonzero(size > AHEAD * threshold))
-                self.walk()
+            if beyond:
+                self._advance(np.flatnonzero(size > AHEAD * threshold))
             elif not self.settle(SETTLED * threshold, lambda _, residual: False):
                 return False
         return True
@@ -409,18 +519,16 @@ class Region:
             curvature = float(weighted @ image)
             if not curvature > 0:
                 break
-            step = square / curvature
-            np.multiply(direction, step, out=weighted)
-            x += weighted
-            image *= step
-            r -= image
-            size = _largest(r, measure)
+            _add(direction, square / curvature, x)
+            _add(image, -square / curvature, r)
+            np.multiply(weight, r, out=weighted)
+            following = float(weighted @ r)
+            # With nothing to fall below, this is at hand and does as well to see whether it goes on.
+            size = _largest(r, measure) if threshold > 0 else math.sqrt(following)
             self._stepped(1)
             if size <= threshold or enough(x, r):
                 break
             least, waited = (size, 0) if size < 0.5 * least else (least, waited + 1)
-            np.multiply(weight, r, out=weighted)
-            following = float(weighted @ r)
             direction *= following / square
             direction += r
             square = following
@@ -434,17 +542,19 @@ class Region:
         product = float(shadow @ r)
         best, least, waited = x.copy(), math.inf, 0
         while waited < self._patience and not self.exhausted:
-            image = direction - self.product(direction)[self.opened]
+            image = self.product(direction)[self.opened]
+            np.subtract(direction, image, out=image)
             alpha = _quotient(product, float(shadow @ image))
-            half = r - alpha * image
-            second = half - self.product(half)[self.opened]
-            omega = _quotient(float(second @ half), float(second @ second))
+            _add(image, -alpha, r)
+            second = self.product(r)[self.opened]
+            np.subtract(r, second, out=second)
+            omega = _quotient(float(second @ r), float(second @ second))
             self._stepped(2)
             if alpha * omega == 0 or not math.isfinite(alpha * omega):
                 break
-            x += alpha * direction
-            x += omega * half
-            r = half - omega * second
+            _add(direction, alpha, x)
+            _add(r, omega, x)
+            _add(second, -omega, r)
             size = _largest(r, measure)
             waited = 0 if size < 0.5 * least else waited + 1
             if size < least:
@@ -456,13 +566,20 @@ class Region:
                 best = x
                 break
             following = float(shadow @ r)
-            direction = r + (following / product * alpha / omega) * (direction - omega * image)
+            _add(image, -omega, direction)
+            direction *= following / product * alpha / omega
+            direction += r
             product = following
         self.x[self.opened] = best
 
 
 def _at(x: float | Array, nodes: Array) -> Array:
     return x[nodes] if isinstance(x, np.ndarray) else np.full(len(nodes), x)
+
+
+def _add(x: Array, factor: float, y: Array) -> None:
+    """y += factor · x, without a third array."""
+    torch.from_numpy(y).add_(torch.from_numpy(x), alpha=factor)
 
 
 def _largest(residual: Array, weight: Array) -> float:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graphdiff as gd
+from graphdiff.topk import _largest_places
 from tests.graphdiff.zoo import oracle, problems, to_the_last_digit
 
 SPARSE = (
@@ -143,6 +144,52 @@ def test_graphs_on_which_everything_is_near(directed, mu, tol):
         found = gd.top_k(P, source, 30, mu, tol=tol)
         check(found, pagerank_of(P, source, mu), tol, 1e-13 / (1 - mu))
     assert found.work > len(P.indices)
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 10**6),
+    st.integers(2, 60),
+    st.sampled_from([0.0, 1.0, 4.0, 30.0]),
+    st.sampled_from([0.3, 0.85, 0.99]),
+    st.booleans(),
+    st.sampled_from([1e-1, 1e-2, 1e-4]),
+)
+def test_bounds_hold_early_whatever_the_weights(seed, nodes, spread, mu, reversible, tol):
+    """A coarse tolerance ends the search where each of the three bounds is all that is known."""
+    g = torch.Generator().manual_seed(seed)
+    edges = torch.randint(0, nodes, (2, 3 * nodes), generator=g)
+    weight = (spread * torch.randn(3 * nodes, generator=g, dtype=torch.float64)).exp()
+    P = gd.SparseTransition.from_edge_index(edges, weight, nodes, undirected=reversible)
+    source, k = seed % nodes, 1 + seed % 7
+    found = gd.top_k(P, source, k, mu, tol=tol, on_failure="ignore")
+    check(found, pagerank_of(P, source, mu), tol, 1e-13 / (1 - mu))
+    for work in (1, 3 * nodes):
+        found = gd.top_k(P, source, k, mu, tol=tol, max_work=work, on_failure="ignore")
+        check(found, pagerank_of(P, source, mu), tol, 1e-13 / (1 - mu))
+
+
+@pytest.mark.parametrize("directed", [False, True])
+def test_many_nodes_of_which_few_can_matter(directed):
+    """On a graph too large to sort whole, as on a small one."""
+    P = scale_free(6000, directed)
+    for source, k in ((0, 5), (57, 100), (5999, 700)):
+        e = torch.zeros(6000, dtype=torch.float64)
+        e[source] = 1
+        sol = gd.pagerank(P, e, tol=1e-11)
+        found = gd.top_k(P, source, k, tol=1e-5)
+        assert found.converged
+        check(found, sol.value, 1e-5, float(sol.error_bound))
+
+
+@given(st.integers(0, 10**6), st.sampled_from([5000, 9999]), st.integers(1, 700), st.booleans())
+def test_the_largest_are_found_wherever_they_stand(seed, size, count, hidden):
+    """All but every sixteenth are looked at last, and the largest may all be among those, or none."""
+    values = np.random.default_rng(seed).exponential(size=size)
+    values[::16] += 10 if hidden else -10
+    found = _largest_places(values, count)
+    assert len(set(found.tolist())) == count
+    assert np.array_equal(np.sort(values[found]), np.sort(values)[size - count :])
 
 
 @pytest.mark.parametrize("mu", [0.5, 0.85, 0.95])
@@ -312,6 +359,18 @@ def test_where_rounding_ends_it():
     with pytest.warns(gd.ConvergenceWarning, match="rounding allows no more"):
         found = gd.top_k(ring(30, dtype=torch.float64), 0, 5, tol=1e-30)
     assert found.certified.tolist() == [True, False, False, False, False]
+
+
+def test_values_written_over_are_seen():
+    """What is kept of a walk between queries is that of the values it has now."""
+    P = scale_free(300, False)
+    check(gd.top_k(P, 9, 20), pagerank_of(P, 9, 0.85), 1e-6, 1e-13)
+    for start, end in zip(P.indptr[:-1].tolist(), P.indptr[1:].tolist(), strict=True):
+        P.values[start:end] = P.values[start:end].flip(0)
+    check(gd.top_k(P, 9, 20), pagerank_of(P, 9, 0.85), 1e-6, 1e-13)
+    with torch.inference_mode():
+        Q = scale_free(300, True)
+        check(gd.top_k(Q, 9, 20), pagerank_of(Q, 9, 0.85), 1e-6, 1e-13)
 
 
 def test_a_walk_in_float32_is_taken_as_it_is():
