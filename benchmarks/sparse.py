@@ -7,8 +7,8 @@ personalised PageRank and in the maximum norm for smoothing, is that against our
 Ours is asked for a certified 1e-6. A peer is run with the loosest tolerance, or the fewest steps, that makes
 its true error at most 1e-6, found before the timing: something that no user knows. Where none does, the table
 says what it reached. Many signals are given to those peers alone that for one take less than three times as
-long as the best. Seconds are medians, all methods in turn in a round, on one thread, or on as many as --threads says:
-torch makes use of them, scipy does not.
+long as the best. Seconds are medians, all methods in turn in a round, on one thread, or on as many as
+--threads says: torch makes use of them, scipy does not.
 
     python benchmarks/sparse.py [--data FOLDER] [--peers NAME ...] [--rounds 5] [--side 300]
         [--sides 500 1000 2000] [--slow] [--threads 1]
