@@ -7,8 +7,9 @@ personalised PageRank and in the maximum norm for smoothing, is that against our
 Ours is asked for a certified 1e-6. A peer is run with the loosest tolerance, or the fewest steps, that makes
 its true error at most 1e-6, found before the timing: something that no user knows. Where none does, the table
 says what it reached. Many signals are given to those peers alone that for one take less than three times as
-long as the best. Seconds are medians, all methods in turn in a round, on one thread, or on as many as
---threads says: torch makes use of them, scipy does not.
+long as the best. Seconds are medians, all methods in turn in a round, each after a pause in which threads of
+the one before stop waiting for more, on one thread, or on as many as --threads says: torch makes use of them,
+scipy in its inner products alone.
 
     python benchmarks/sparse.py [--data FOLDER] [--peers NAME ...] [--rounds 5] [--side 300]
         [--sides 500 1000 2000] [--slow] [--threads 1]
@@ -34,13 +35,15 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 import torch
+from measure import seconds
 from scipy.sparse.linalg import LinearOperator, bicgstab, cg, splu
+from threadpoolctl import threadpool_limits
 
 import graphdiff as gd
 
 GRAPHS = ("email-Enron", "musae_git", "wing", "soc-Slashdot0902")
 MUS = (0.85, 0.99)
-ERROR, SEEDS, FAR = 1e-6, 32, 3.0
+ERROR, SEEDS, FAR, PAUSE = 1e-6, 32, 3.0, 0.1
 PEERS = {"networkx": "networkx", "igraph": "igraph", "sknetwork": "scikit-network", "torch_geometric": "PyG"}
 
 
@@ -238,9 +241,8 @@ def timed(rounds, calls, patience=60.0):
         for call, taken in zip(calls, times, strict=True):
             if turn and taken[0] > patience / rounds:
                 continue
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
+            time.sleep(PAUSE)
+            taken.append(seconds(call)[0])
     return [statistics.median(taken) for taken in times]
 
 
@@ -248,7 +250,7 @@ def copying(size):
     """Bytes read and written a second when an array of that many bytes is copied."""
     source = torch.zeros(max(size // 8, 1), dtype=torch.float64)
     target = torch.empty_like(source)
-    taken = min(timed(1, [partial(target.copy_, source)])[0] for _ in range(20))
+    taken = min(seconds(partial(target.copy_, source))[0] for _ in range(20))
     return 2 * 8 * len(source) / taken
 
 
@@ -398,6 +400,8 @@ def main():
     if options.one:
         return one(int(options.one[0]), float(options.one[1]))
     torch.set_num_threads(options.threads)
+    # That of torch is torch's own: here those of numpy's and scipy's libraries.
+    threadpool_limits(options.threads)
     # What peers say of beta states, of tolerances out of their reach and of old classes.
     warnings.simplefilter("ignore")
     absent = [name for module, name in PEERS.items() if not there(module)]

@@ -277,7 +277,8 @@ def _attention_shapes(psi: Tensor, weight: Tensor, y: Tensor, whole: bool) -> tu
     return y.new_empty(y.shape), y.new_empty(y.shape[:-1]), y.new_empty(len(y), kept)
 
 
-@torch.library.custom_op("graphdiff::attention", mutates_args=())
+# torch finds code that it compiled before by this name, and not by the shapes above: they change together.
+@torch.library.custom_op("graphdiff::attention_v2", mutates_args=())
 def _attention(psi: Tensor, weight: Tensor, y: Tensor, whole: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Value, log-sum-exp, and P where it is to be kept, [B, `_room`]; else [B, 0]."""
     if len(psi) == 0:
