@@ -40,7 +40,8 @@ class BiCGSTAB(Solver):
         batch = checks.broadcast_batch([operator.shape[:-2], rhs.shape[:-2]], "P and s")
         y, image, half, second, spare = (rhs.new_empty(*batch, *rhs.shape[-2:]) for _ in range(5))
         one = torch.ones((), dtype=checks.widest(rhs.device), device=rhs.device)
-        dot, bounded, minus = InnerProduct(one, y.shape, rhs.dtype), bounding(operator, mu), -mu
+        # In that dtype, because products of two small or large residuals leave the range of float32.
+        dot, bounded, minus = InnerProduct(one, y.shape, one.dtype), bounding(operator, mu), -mu
 
         def apply(x: Tensor, into: Tensor) -> Tensor:
             return torch.addcmul(x, operator.matmul(x), minus, out=into)

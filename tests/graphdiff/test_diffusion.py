@@ -570,6 +570,17 @@ def test_sizes_are_the_largest_entries_and_the_sums(nodes, channels):
     assert base.size(x, "inf")[0, 0, 0].isnan()
 
 
+@pytest.mark.parametrize("solver", [gd.solvers.CG(), gd.solvers.BiCGSTAB()], ids=str)
+@pytest.mark.parametrize("power", [-80, 70])
+def test_neither_small_nor_large_signals_take_more_steps(solver, power):
+    """Squares of theirs are 0, or infinite, in float32."""
+    P = gd.AttentionTransition(torch.randn(60, 3, generator=torch.Generator().manual_seed(5)))
+    s = torch.randn(60, 2, generator=torch.Generator().manual_seed(6))
+    near_one, far = (gd.solve(P, 2.0**scale * s, 0.9, tol=1e-4, solver=solver) for scale in (0, power))
+    assert torch.equal(far.steps, near_one.steps)
+    assert torch.equal(far.value, 2.0**power * near_one.value)
+
+
 @pytest.mark.parametrize("nodes", [1, 127, 128, 129, 8191, 20000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_inner_products_are_exact_and_depend_on_no_neighbour(nodes, dtype):
