@@ -11,10 +11,12 @@ from graphdiff.solvers.mixed_precision import MixedPrecision
 from graphdiff.solvers.multigrid import Multigrid
 from graphdiff.solvers.push import Push
 from graphdiff.solvers.shifted import Shifted
+from graphdiff.solvers.ssor import SSOR
 from graphdiff.solvers.walk import Walk
 
 __all__ = [
     "CG",
+    "SSOR",
     "Auto",
     "BiCGSTAB",
     "BlockCG",

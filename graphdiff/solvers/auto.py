@@ -11,6 +11,7 @@ from graphdiff.solvers.base import Iterate, Limits, Problem, Solver, carry_on, n
 from graphdiff.solvers.bicgstab import BiCGSTAB
 from graphdiff.solvers.cg import CG
 from graphdiff.solvers.direct import Direct
+from graphdiff.solvers.ssor import SSOR
 from graphdiff.solvers.walk import Walk
 
 # Below this a factorisation takes milliseconds, whatever the rest.
@@ -24,7 +25,7 @@ SLOW = 0.5
 
 @dataclass(frozen=True)
 class Auto:
-    """Direct for small problems, CG for reversible walks, else walks, with BiCGSTAB where they are slow.
+    """Direct for small problems, SSOR or CG for reversible walks, else walks, BiCGSTAB where they are slow.
 
     Example:
         >>> import torch, graphdiff as gd
@@ -42,6 +43,11 @@ class Auto:
         # N³/3 multiplications for each µ against N² for a product with each channel.
         if not operator.sparse and nodes <= LARGEST_DENSE and mu.shape[-1] * nodes <= 3 * products * channels:
             return Direct(), f"N = {nodes}: factorising costs less than at most about {products} products"
+        if SSOR.suits(operator) and mu.numel() == mu.shape[-2]:
+            return (
+                SSOR(),
+                f"sparse and reversible: at most about {products} products, and usually half of that",
+            )
         if operator.reversible:
             return CG(), f"reversible: at most about {products} products"
         return WatchedWalk(), f"not reversible: walks, at most about {products}, unless they turn out slow"

@@ -42,7 +42,7 @@ def diffuse_from(name, solver, transposed):
 
     # Solvers for reversible walks alone want the perturbed affinity symmetric too.
     symmetric = (
-        solver in ("CG", "BlockCG", "MixedPrecision", "Chebyshev", "Multigrid")
+        solver in ("CG", "BlockCG", "MixedPrecision", "Chebyshev", "Multigrid", "SSOR")
         and edges.shape[-1] == edges.shape[-2]
     )
 

@@ -272,6 +272,8 @@ SOLVERS: dict[str, gd.solvers.Solver | gd.solvers.Auto] = {
 }
 if importlib.util.find_spec("pyamg"):  # else test_boundary.py skips a test that says so
     SOLVERS["Multigrid"] = gd.solvers.Multigrid()
+if importlib.util.find_spec("numba"):  # else test_ssor.py skips and says so
+    SOLVERS["SSOR"] = gd.solvers.SSOR()
 
 
 def applies(solver: gd.solvers.Solver | gd.solvers.Auto, P: gd.Transition, mus: int = 1) -> bool:
@@ -283,9 +285,11 @@ def applies(solver: gd.solvers.Solver | gd.solvers.Auto, P: gd.Transition, mus: 
         return applies(solver.inner, P, mus)
     if isinstance(solver, gd.solvers.BlockCG) and mus > 1:
         return False
-    if isinstance(solver, gd.solvers.Multigrid | gd.solvers.Push) and not P.sparse:
+    if isinstance(solver, gd.solvers.Multigrid | gd.solvers.SSOR | gd.solvers.Push) and not P.sparse:
         return False
-    reversible = gd.solvers.CG | gd.solvers.BlockCG | gd.solvers.Chebyshev | gd.solvers.Multigrid
+    reversible = (
+        gd.solvers.CG | gd.solvers.BlockCG | gd.solvers.Chebyshev | gd.solvers.Multigrid | gd.solvers.SSOR
+    )
     return P.reversible or not isinstance(solver, reversible)
 
 

@@ -1,0 +1,267 @@
+"""(I − MP) x = b by conjugate gradients preconditioned by symmetric successive over-relaxation, compiled.
+
+With S = D^(1/2) P D^(−1/2) of a reversible walk and I − µS = I − L − Lᵀ the preconditioner is
+(I − L)(I − Lᵀ), one sweep of Gauss and Seidel each way. Its condition number is at most 1 + µ²/(1 − µ), that
+of I − µS (1 + µ)/(1 − µ): for (I − L)(I − Lᵀ) = I − µS + LLᵀ, and ‖L‖ ≤ µ because S is nonnegative.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphdiff import checks
+from graphdiff.operators.base import Transition
+from graphdiff.solvers.base import (
+    Iterate,
+    Limits,
+    Problem,
+    Solver,
+    carry_on,
+    check_reversible,
+    remaining_of,
+    steps_to,
+)
+from graphdiff.solvers.cg import LOSS, Weighted, started
+from graphdiff.solvers.chebyshev import Chebyshev
+
+# log d − max log d that still counts.
+LEAST = -600.0
+# Bytes of a cache line: as many signals are swept at a time as fit into one.
+LINE = 64
+# Nodes beyond which a few signals are swept one after the other, for the memory of a whole line.
+MANY = 2**20
+# Edges times signals that are swept between two looks for an interruption.
+BURST = 10**8
+
+
+class Triangles(NamedTuple):
+    """What `sweeps` makes of a walk for one µ: the nodes' order, and what `sweeps.split` returns."""
+
+    order: Any
+    lower: Any
+    upper: Any
+    scales: Any
+    bound: float
+
+
+class Swept(NamedTuple):
+    """The operator, µ, log d − max log d [N, 1], and triangles: one for each µ.
+
+    These are in the order of µ's leading dimensions and channels.
+    """
+
+    operator: Transition
+    mu: Tensor
+    log_weight: Tensor
+    triangles: list[Triangles]
+
+
+@dataclass(frozen=True)
+class SSOR(Solver):
+    """Conjugate gradients preconditioned by SSOR with ω = 1, in the form of Eisenstat, compiled by numba.
+
+    For sparse reversible walks and their transposes on the CPU. A step costs two triangular solves, together
+    the multiplications of one product, and about half as many steps are needed as by `CG`: at most those of a
+    condition number of 1 + µ²/(1 − µ). Several signals are swept at a time, each stopping on its own, with
+    the bits that it has alone. Where rounding stops it, `Chebyshev` goes on.
+
+    The first solve after an installation compiles for some seconds and keeps the code beside the package, or
+    in the user's cache where that cannot be written.
+
+    Raises:
+        ImportError: numba is not installed.
+        ValueError: The walk is not sparse, not known to be reversible, or not on the CPU.
+
+    Example:
+        >>> import torch, graphdiff as gd
+        >>> P = gd.grid_transition(torch.zeros(1, 30, 30, dtype=torch.float64))
+        >>> s = torch.eye(900, dtype=torch.float64)[0]
+        >>> both = gd.solvers.SSOR(), gd.solvers.CG()
+        >>> [int(gd.pagerank(P, s, 0.9, tol=1e-6, solver=x).steps) for x in both]  # doctest: +SKIP
+        [18, 36]
+    """
+
+    @staticmethod
+    def suits(operator: Transition) -> bool:
+        """Whether it applies, and numba is there."""
+        return operator.reversible and _fits(operator) and _sweeps() is not None
+
+    def prepare(self, operator: Transition, mu: Tensor) -> Swept:
+        """An order of the nodes, and the two triangles of the matrix in it, for each µ."""
+        if operator.stochastic == "columns":
+            return self.transposed(self.prepare(operator.T, mu))
+        log_degree = check_reversible(operator, "SSOR").unsqueeze(-1)
+        if not _fits(operator):
+            raise ValueError(
+                f"solver: SSOR needs a sparse walk on the CPU with less than 2³² edges, got {operator}; use "
+                "CG(), Chebyshev() or Direct()"
+            )
+        sweeps = _sweeps()
+        if sweeps is None:
+            raise ImportError("solver: SSOR needs numba; pip install numba, or use CG()")
+        log_weight = log_degree - log_degree.amax(-2, keepdim=True)
+        degree = log_weight.squeeze(-1).double().clamp(min=LEAST).exp().numpy()
+        P = operator.to_scipy()
+        order = sweeps.ordered(P.indptr, P.indices)
+        triangles = []
+        for m in mu.mT.reshape(-1, mu.shape[-2], 1):
+            remaining = remaining_of(operator, m).double().expand(len(degree), 1)
+            m = m.double().expand(len(degree), 1)
+            numbers = (np.ascontiguousarray(x.squeeze(-1).numpy()) for x in (m, remaining))
+            split = sweeps.split(P.indptr, P.indices, P.data, order, degree, *numbers)
+            triangles.append(Triangles(order, *split))
+        return Swept(operator, mu, log_weight, triangles)
+
+    def transposed(self, state: Swept) -> Swept:
+        """The same triangles: I − MPᵀ = M S D⁻¹ where I − MP = M D⁻¹ S."""
+        return state._replace(operator=state.operator.T)
+
+    def solve(self, state: Swept, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
+        """Iterate until the bound of each right-hand side is below its target."""
+        operator, mu, log_weight, triangles = state
+        batch = checks.broadcast_batch([operator.shape[:-2], rhs.shape[:-2], mu.shape[:-2]], "P, s and µ")
+        nodes, channels = rhs.shape[-2:]
+        given, start, unit, pinned = rhs, initial, torch.ones_like(target), bool((mu == 0).any())
+        y = rhs.new_empty(*batch, nodes, channels)
+        if pinned:
+            # Where µ_i = 0 the answer is b_i; started there, nothing is left to do for it.
+            each = mu.expand(*mu.shape[:-2], nodes, mu.shape[-1])
+            _, base, given, unit = started(Weighted(operator, each, log_weight), rhs, initial)
+            y.copy_(base)
+            start = torch.zeros_like(initial)
+        done = _Progress(target, unit.expand(*batch, 1, channels), limits)
+        which = torch.arange(len(triangles)).reshape(*mu.shape[:-2], mu.shape[-1])
+        which = which.expand(*batch, channels).reshape(batch.numel(), channels)
+        columns = [slice(0, channels)] if mu.shape[-1] == 1 else [slice(k, k + 1) for k in range(channels)]
+        arrays = [t.expand_as(y).reshape(-1, nodes, channels).numpy() for t in (given, start)]
+        arrays.append(y.view(-1, nodes, channels).numpy())
+        for place in range(len(which)):
+            for some in columns:
+                number = int(which[place, some.start])
+                block = _Block(state, number, arrays[-1].dtype, some.stop - some.start)
+                for first in range(some.start, some.stop, block.width):
+                    part = slice(first, min(first + block.width, some.stop))
+                    b, guess, found = (t[place][:, part] for t in arrays)
+                    block.solve(b, guess, found, done, (place, part), pinned)
+        steps = torch.from_numpy(done.steps).reshape(*batch, channels)
+        unfinished = torch.from_numpy(~(done.bound <= done.target)).reshape(*batch, 1, channels)
+        reached = Iterate(y, steps, steps + 1)
+        return carry_on(Chebyshev(), Problem(operator, mu), rhs, reached, unfinished, target, limits)
+
+
+class _Progress:
+    """How far each right-hand side is, [batch, K], in units of its own; what a caller's limits say to it."""
+
+    def __init__(self, target: Tensor, unit: Tensor, limits: Limits) -> None:
+        self.limits, self.shape = limits, unit.shape
+        self.unit = self._flat(unit.double())
+        self.target = self._flat(target.double()) / self.unit
+        self.limit = None if limits.steps is None else self._flat(limits.steps)
+        self.steps = np.zeros(self.unit.shape, np.int64)
+        self.bound = np.full(self.unit.shape, np.inf)
+        self.active = np.ones(self.unit.shape, bool)
+        # Who is asked after every step cannot take many at once.
+        self.asked = limits.budget.progress is not None or limits.budget.max_seconds is not None
+
+    def _flat(self, x: Tensor) -> Any:
+        return x.expand(self.shape).reshape(-1, self.shape[-1]).numpy()
+
+    def going_on(self) -> bool:
+        """Whether there is time left."""
+        active, steps, bound = (
+            torch.from_numpy(x).reshape(self.shape) for x in (self.active, self.steps, self.bound * self.unit)
+        )
+        return bool(self.limits.going_on(active, steps, bound).any())
+
+
+class _Block:
+    """The memory for some signals of one µ, and what is swept in it."""
+
+    def __init__(self, state: Swept, number: int, dtype: Any, channels: int) -> None:
+        operator, mu, log_weight, triangles = state
+        self.triangles = found = triangles[number]
+        nodes, line = len(found.order), LINE // dtype.itemsize
+        self.width = line if channels >= line or (channels > 1 and nodes <= MANY) else 1
+        self.most = max(1, BURST // (self.width * (len(found.lower[1]) + len(found.upper[1]) + nodes)))
+        root, inverse, inverse_mu, weighted, weighted_mu, image, weights = found.scales
+        self.summed = operator.stochastic == "columns"
+        remaining = remaining_of(operator, mu)
+        remaining = remaining.expand(*mu.shape[:-2], remaining.shape[-2], mu.shape[-1]).amin(-2).reshape(-1)
+        if self.summed:
+            self.scales, self.weights = (inverse_mu, weighted, root, image), weights
+            self.factor = 1 / float(remaining[number])
+        else:
+            self.scales, self.weights = (weighted_mu, inverse, root, image), inverse
+            self.factor = found.bound
+        largest = float(mu.amax(-2).reshape(-1)[number])
+        condition = 1 + largest**2 / (1 - largest)
+        self.rate = torch.tensor((condition**0.5 - 1) / (condition**0.5 + 1), dtype=torch.float64)
+        self.spread = float(log_weight.amin().double().clamp(min=LEAST).mul(0.5).exp())
+        # torch's memory begins where a cache line does.
+        of = getattr(torch, dtype.name)
+        self.vectors = [torch.zeros(nodes, self.width, dtype=of).numpy() for _ in range(5)]
+        self.loss = LOSS / np.finfo(dtype).eps
+
+    def solve(self, given: Any, start: Any, found: Any, done: "_Progress", place: Any, added: bool) -> None:
+        """Put what solves for `given` in the place of `found`, or add it to that; all are [N, ≤ width]."""
+        sweeps, triangles = _sweeps(), self.triangles
+        lanes, width = (0,) * self.width, given.shape[1]
+        x, r, p, t, w = self.vectors
+        for vector in (p, t, w):
+            # What is left of other signals may be no number.
+            vector.fill(0)
+        turn, step = (np.zeros((1, self.width), x.dtype) for _ in range(2))
+        unit, sums = np.ones(self.width), np.zeros((2, self.width))
+        sweeps.entered(triangles[:3], self.scales, given, start, x, r, unit, lanes)
+        sweeps.moved(x, r, t, w, step, self.weights, self.summed, sums, lanes)
+        factor, square = unit * self.factor, sums[0].copy()
+        target = np.full(self.width, np.inf)
+        target[:width] = done.target[place]
+        bound = sums[1] * factor
+        # Theory's count, from the energy's norm to the promise's and back; rounding delays it, hence twice.
+        goal, now = (torch.from_numpy(v) for v in (self.spread * target / 2, bound))
+        limit = (10 + 2 * steps_to(goal, now, self.rate)).numpy()
+        if done.limit is not None:
+            limit[:width] = np.minimum(limit[:width], done.limit[place])
+        # Halving the error takes no more than this, if the energy's norm sees it.
+        patience = 10 + steps_to(torch.ones_like(now), torch.full_like(now, 8.0), self.rate).numpy()
+        steps, halved_at = (np.zeros(self.width, np.int64) for _ in range(2))
+        active, halved, largest = (bound > target) & (limit > 0), bound.copy(), self.loss * bound
+        numbers = (active, steps, square, bound, halved, halved_at, target, largest, limit, patience)
+        vectors = (x, r, p, t, w, turn, step, sums)
+        most, on = 1 if done.asked else self.most, True
+        while on:
+            done.active[place], done.steps[place] = active[:width], steps[:width]
+            done.bound[place] = bound[:width]
+            on = (not done.asked or not steps.any() or done.going_on()) and bool(active.any())
+            on = on and not done.limits.budget.timed_out
+            if on:
+                sweeps.iterated(
+                    *(triangles.lower, triangles.upper, self.weights, self.summed, factor),
+                    *(vectors, numbers, most, lanes),
+                )
+        # Residuals that only grew say that the weights are blind to what matters.
+        lost = (~(bound < largest) & (steps > 0))[:width]
+        kept = (found if added else start)[:, lost].copy()
+        unit[:width] *= done.unit[place]
+        sweeps.left(triangles.order, self.scales[1], x, unit, found, added)
+        found[:, lost] = kept
+
+
+def _fits(operator: Transition) -> bool:
+    """Whether the walk's edges are there to be swept."""
+    return operator.sparse and operator.device.type == "cpu" and operator.to_scipy().nnz < 2**32
+
+
+@functools.cache
+def _sweeps() -> Any:
+    """The compiled sweeps, or None where numba is not installed."""
+    try:
+        from graphdiff.solvers import sweeps
+    except ImportError:
+        return None
+    return sweeps

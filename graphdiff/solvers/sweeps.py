@@ -1,0 +1,413 @@
+"""The sweeps of `SSOR`, compiled: many signals side by side in the lanes of a processor's vectors.
+
+With B the weights of a reversible walk, symmetric, the system is (I − L − Lᵀ) x = b after scaling, L strictly
+lower triangular. One step of conjugate gradients on (I − L)⁻¹(I − L − Lᵀ)(I − Lᵀ)⁻¹ takes two triangular
+solves and no product besides (Eisenstat, "Efficient implementation of a class of preconditioned conjugate
+gradient methods", SIAM J. Sci. Stat. Comput. 2, 1981): with t = (I − Lᵀ)⁻¹ p and w = (I − L)⁻¹(p − t) its
+image of p is t + w, and t is the direction in which x moves.
+
+Vectors are [N, W]: W signals, each added up in one order whatever W is, so that a signal's bits do not depend
+on those beside it. This file is read where numba is installed, and compiled when it is first used.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types, uint64
+from numba.core.cgutils import get_or_insert_function
+from numba.extending import intrinsic, models, overload, register_model
+
+# Colours counted apart; nodes beyond them share the last, which costs speed and no more.
+COLOURS = 256
+# How much of a start's slowest mode may be rounding.
+ROUNDING = 1e-5
+
+# --- a type for numba: W numbers on which a processor works at once
+
+
+class Lanes(types.Type):
+    """So many numbers of a dtype."""
+
+    def __init__(self, dtype: Any, count: int) -> None:
+        self.dtype, self.count = dtype, count
+        super().__init__(name=f"Lanes({dtype}, {count})")
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, lanes: Lanes) -> None:
+        super().__init__(
+            manager, lanes, ir.VectorType(manager.lookup(lanes.dtype).get_value_type(), lanes.count)
+        )
+
+
+def _row(context: Any, builder: Any, kind: Any, array: Any, row: Any, lanes: Lanes) -> Any:
+    """Where a row of an array [N, W] lies; unsigned rows, which are not counted from the end."""
+    data = context.make_array(kind)(context, builder, array).data
+    first = builder.gep(data, [builder.mul(row, ir.Constant(row.type, lanes.count))])
+    return builder.bitcast(first, context.get_value_type(lanes).as_pointer())
+
+
+@intrinsic
+def load(typing: Any, x: Any, row: Any, lanes: Any) -> Any:
+    """Row of x [N, W], where `lanes` is any tuple of W numbers."""
+    found = Lanes(x.dtype, lanes.count)
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = builder.load(_row(context, builder, x, args[0], args[1], found))
+        value.align = x.dtype.bitwidth // 8
+        return value
+
+    return found(x, row, lanes), code
+
+
+@intrinsic
+def store(typing: Any, x: Any, row: Any, value: Any) -> Any:
+    """Write a row of x [N, W]."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = _row(context, builder, x, args[0], args[1], value)
+        builder.store(args[2], place, align=x.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.none(x, row, value), code
+
+
+@intrinsic
+def zeros(typing: Any, lanes: Any) -> Any:
+    """W zeros in float64, where `lanes` is any tuple of W numbers."""
+    kind = Lanes(types.float64, lanes.count)
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(context.get_value_type(kind), [0.0] * lanes.count)
+
+    return kind(lanes), code
+
+
+@intrinsic
+def wide(typing: Any, a: Any) -> Any:
+    """The same numbers in float64."""
+    kind = Lanes(types.float64, a.count)
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return args[0] if a.dtype == types.float64 else builder.fpext(args[0], context.get_value_type(kind))
+
+    return kind(a), code
+
+
+@intrinsic
+def magnitude(typing: Any, a: Any) -> Any:
+    """|a|."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(args[0].type, [args[0].type])
+        name = f"llvm.fabs.v{a.count}f{a.dtype.bitwidth}"
+        return builder.call(get_or_insert_function(builder.module, kind, name), args)
+
+    return a(a), code
+
+
+@intrinsic
+def larger(typing: Any, a: Any, b: Any) -> Any:
+    """The larger of two, lane by lane; nan where a is."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_unordered(">", *args), *args)
+
+    return a(a, a), code
+
+
+def _lane_by_lane(instruction: str) -> Any:
+    @intrinsic
+    def combine(typing: Any, a: Any, b: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            left, right = args
+            if not isinstance(signature.args[1], Lanes):
+                undefined = ir.Constant(left.type, ir.Undefined)
+                numbers = ir.VectorType(ir.IntType(32), a.count)
+                right = builder.insert_element(undefined, right, ir.Constant(ir.IntType(32), 0))
+                right = builder.shuffle_vector(right, undefined, ir.Constant(numbers, [0] * a.count))
+            return getattr(builder, instruction)(left, right)
+
+        return a(a, b if isinstance(b, Lanes) else a.dtype), code
+
+    return combine
+
+
+def _defined(symbol: Callable[[Any, Any], Any], instruction: str) -> None:
+    combine = _lane_by_lane(instruction)
+
+    @overload(symbol)
+    def chosen(a, b):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202 - numba compares both signatures
+        return (lambda a, b: combine(a, b)) if isinstance(a, Lanes) else None
+
+
+_defined(operator.add, "fadd")
+_defined(operator.sub, "fsub")
+_defined(operator.mul, "fmul")
+
+# --- the order of the nodes
+
+
+@njit(cache=True, nogil=True)
+def ordered(starts: Any, nodes: Any) -> Any:
+    """Nodes by colour, within one the largest degrees first, [N] uint32.
+
+    Few neighbours share a colour, so a sweep seldom waits for the row before; rows of one length follow each
+    other, so that its branches are foreseen; and the hubs, which all others read, lie together.
+    """
+    count = uint64(len(starts) - 1)
+    longest = uint64(0)
+    for i in range(count):
+        longest = max(longest, uint64(starts[i + uint64(1)]) - uint64(starts[i]))
+    place = np.zeros(longest + uint64(2), np.int64)
+    for i in range(count):
+        place[longest - (uint64(starts[i + uint64(1)]) - uint64(starts[i])) + uint64(1)] += 1
+    place = np.cumsum(place)
+    descending = np.empty(count, np.uint32)
+    for i in range(count):
+        shorter = longest - (uint64(starts[i + uint64(1)]) - uint64(starts[i]))
+        descending[uint64(place[shorter])] = i
+        place[shorter] += 1
+
+    none = uint64(COLOURS)
+    colour = np.full(count, none, np.uint16)
+    taken = np.full(COLOURS + 1, count, np.uint64)
+    many = np.zeros(COLOURS + 2, np.int64)
+    for a in range(count):
+        i = uint64(descending[a])
+        for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
+            taken[uint64(colour[uint64(nodes[e])])] = i
+        found = uint64(0)
+        while found < none - uint64(1) and taken[found] == i:
+            found += uint64(1)
+        colour[i] = found
+        many[found + uint64(1)] += 1
+    many = np.cumsum(many)
+    order = np.empty(count, np.uint32)
+    for a in range(count):
+        i = uint64(descending[a])
+        order[uint64(many[uint64(colour[i])])] = i
+        many[uint64(colour[i])] += 1
+    return order
+
+
+@njit(cache=True, nogil=True)
+def split(starts: Any, nodes: Any, values: Any, order: Any, degree: Any, mu: Any, remaining: Any) -> Any:
+    """L and Lᵀ by rows; what scales to the symmetric system and back, [N] each in the order; and a bound.
+
+    Of P with weights d, ω = d(1 − µP_ii)/µ scales D(M⁻¹ − P) to I − L − Lᵀ. Returned beside the triangles are
+    √ω, 1/√ω, 1/(µ√ω), d/√ω, d/(µ√ω), the image of the slowest mode √ω, weights, and the bound: with ρ = (I −
+    L)⁻¹ times the residual in the symmetric system, a row of the true one divided by `remaining`, 1 −
+    µ·rowsum, is at most that bound times max |ρ|/√ω; and in the transposed system its 1-norm is at most Σ |ρ|
+    times the weights. Nodes where µ = 0 belong to neither triangle.
+    """
+    count, edges = uint64(len(order)), len(nodes)
+    rank, loop = np.empty(count, np.uint32), np.zeros(count, np.float64)
+    for a in range(count):
+        rank[uint64(order[a])] = a
+    for i in range(count):
+        for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
+            if uint64(nodes[e]) == i:
+                loop[i] += values[e]
+    inverse = np.empty(count, np.float64)
+    for i in range(count):
+        inverse[i] = np.sqrt(mu[i] / (degree[i] * (1 - mu[i] * loop[i])))
+    below, above = np.zeros(count + uint64(1), np.uint32), np.zeros(count + uint64(1), np.uint32)
+    into_below, into_above = np.empty(edges, np.uint32), np.empty(edges, np.uint32)
+    of_below, of_above = np.empty(edges, values.dtype), np.empty(edges, values.dtype)
+    scales = np.zeros((7, count), np.float64)
+    first, second, bound = uint64(0), uint64(0), 0.0
+    for a in range(count):
+        i = uint64(order[a])
+        scale, before, after = degree[i] * inverse[i], 0.0, 0.0
+        for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
+            j = uint64(nodes[e])
+            x = scale * values[e] * inverse[j]
+            if j == i or x == 0.0:
+                continue
+            b = uint64(rank[j])
+            if b < a:
+                into_below[first], of_below[first] = b, x
+                first += uint64(1)
+                before += values[e]
+            else:
+                into_above[second], of_above[second] = b, x
+                second += uint64(1)
+                after += mu[j] * values[e]
+        below[a + uint64(1)], above[a + uint64(1)] = first, second
+        if mu[i] > 0:
+            root = 1 / inverse[i]
+            scales[0, a], scales[1, a], scales[2, a] = root, inverse[i], inverse[i] / mu[i]
+            scales[3, a], scales[4, a] = scale, scale / mu[i]
+            scales[5, a] = scale / mu[i] * remaining[i]
+            scales[6, a] = mu[i] * root + scale * after
+            bound = max(bound, (1 - mu[i] * (loop[i] - before)) / remaining[i])
+    lower = below, into_below[:first], of_below[:first]
+    return lower, (above, into_above[:second], of_above[:second]), scales, bound
+
+
+# --- a block of signals
+
+
+@njit(cache=True, nogil=True)
+def entered(
+    triangles: Any, scales: Any, given: Any, start: Any, x: Any, r: Any, unit: Any, lanes: Any
+) -> None:
+    """The start as x, and r = (I − L)⁻¹ρ of its residual ρ, both in units of a signal's largest number.
+
+    `given` and `start` are [N, ≤ W]. As much of the slowest mode is added to a start as lessens its error,
+    where that is more than rounding.
+    """
+    order, lower, upper = triangles
+    into, out, roots, image = scales
+    width, nodes = given.shape[1], uint64(len(order))
+    unit[:] = 0.0
+    guessed = np.zeros(len(unit), np.bool_)
+    for a in range(nodes):
+        i = uint64(order[a])
+        for k in range(width):
+            value, guess = abs(into[a] * given[i, k]), 0.0
+            if start[i, k] != 0.0 and out[a] != 0.0:
+                guessed[k], guess = True, abs(start[i, k] / out[a])
+            unit[k] = max(unit[k], value, guess)
+    for k in range(len(unit)):
+        unit[k] = unit[k] if unit[k] > 0 else 1.0
+    any_guess = guessed.any()
+    for a in range(nodes):
+        i = uint64(order[a])
+        for k in range(width):
+            r[a, k] = into[a] * given[i, k] / unit[k]
+            x[a, k] = start[i, k] / out[a] / unit[k] if guessed[k] and out[a] != 0.0 else 0.0
+        for k in range(width, r.shape[1]):
+            r[a, k] = x[a, k] = 0.0
+    if any_guess:
+        for a in range(nodes):
+            q = load(r, a, lanes) - load(x, a, lanes)
+            for starts, numbers, values in (lower, upper):
+                for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
+                    q = q + load(x, uint64(numbers[e]), lanes) * values[e]
+            store(r, a, q)
+        length, energy = 0.0, 0.0
+        for a in range(nodes):
+            length += roots[a] * roots[a]
+            energy += roots[a] * image[a]
+        share, square = np.zeros(len(unit)), np.zeros(len(unit))
+        for a in range(nodes):
+            for k in range(width):
+                share[k] += roots[a] * r[a, k]
+                square[k] += r[a, k] * r[a, k]
+        for k in range(width):
+            # No more than rounding is none: nodes that a signal does not reach stay at exactly 0.
+            if guessed[k] and abs(share[k]) > ROUNDING * np.sqrt(length * square[k]) and energy > 0.0:
+                part = share[k] / energy
+                for a in range(nodes):
+                    x[a, k] += part * roots[a]
+                    r[a, k] -= part * image[a]
+    starts, numbers, values = lower
+    for a in range(nodes):
+        q = load(r, a, lanes)
+        for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
+            q = q + load(r, uint64(numbers[e]), lanes) * values[e]
+        store(r, a, q)
+
+
+@njit(cache=True, nogil=True)
+def _back(upper: Any, r: Any, p: Any, turn: Any, t: Any, lanes: Any) -> None:
+    """p ← r + turn·p and t = (I − Lᵀ)⁻¹ p."""
+    starts, nodes, values = upper
+    beta, a = load(turn, uint64(0), lanes), uint64(len(starts) - 1)
+    while a > 0:
+        a -= uint64(1)
+        q = load(r, a, lanes) + load(p, a, lanes) * beta
+        store(p, a, q)
+        for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
+            q = q + load(t, uint64(nodes[e]), lanes) * values[e]
+        store(t, a, q)
+
+
+@njit(cache=True, nogil=True)
+def _forth(lower: Any, p: Any, t: Any, w: Any, sums: Any, lanes: Any) -> None:
+    """w = (I − L)⁻¹(p − t), and ⟨p, t + w⟩ into a row of `sums`."""
+    starts, nodes, values = lower
+    s0 = zeros(lanes)
+    s1, s2, s3 = s0, s0, s0
+    for a in range(uint64(len(starts) - 1)):
+        moved, direction = load(t, a, lanes), load(p, a, lanes)
+        q = direction - moved
+        for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
+            q = q + load(w, uint64(nodes[e]), lanes) * values[e]
+        store(w, a, q)
+        s0, s1, s2, s3 = s1, s2, s3, s0 + wide(direction) * wide(q + moved)
+    store(sums, uint64(0), (s0 + s1) + (s2 + s3))
+
+
+@njit(cache=True, nogil=True)
+def moved(
+    x: Any, r: Any, t: Any, w: Any, step: Any, weights: Any, summed: bool, sums: Any, lanes: Any
+) -> None:
+    """x ← x + step·t, r ← r − step·(t + w); Σ r² and Σ or max of |r| with weights into `sums`."""
+    alpha, a0 = load(step, uint64(0), lanes), zeros(lanes)
+    a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
+    for i in range(uint64(len(weights))):
+        direction = load(t, i, lanes)
+        store(x, i, load(x, i, lanes) + direction * alpha)
+        q = load(r, i, lanes) - (direction + load(w, i, lanes)) * alpha
+        store(r, i, q)
+        v = wide(q)
+        a0, a1, a2, a3 = a1, a2, a3, a0 + v * v
+        y = magnitude(v) * weights[i]
+        b0, b1, b2, b3 = b1, b2, b3, b0 + y if summed else larger(b0, y)
+    store(sums, uint64(0), (a0 + a1) + (a2 + a3))
+    store(sums, uint64(1), (b0 + b1) + (b2 + b3) if summed else larger(larger(b0, b1), larger(b2, b3)))
+
+
+@njit(cache=True, nogil=True)
+def iterated(
+    lower: Any,
+    upper: Any,
+    weights: Any,
+    summed: bool,
+    factor: Any,
+    vectors: Any,
+    state: Any,
+    most: int,
+    lanes: Any,
+) -> None:
+    """Conjugate gradients, at most so many steps; what changes is in `vectors` and `state`."""
+    x, r, p, t, w, turn, step, sums = vectors
+    active, steps, square, bound, halved, halved_at, target, largest, limit, patience = state
+    for _ in range(most):
+        if not active.any():
+            return
+        _back(upper, r, p, turn, t, lanes)
+        _forth(lower, p, t, w, sums, lanes)
+        for k in range(len(active)):
+            # No curvature, no step: that is rounding, or an operator that is not what it says.
+            active[k] = active[k] and sums[0, k] > 0
+            step[0, k] = square[k] / sums[0, k] if active[k] else 0.0
+        moved(x, r, t, w, step, weights, summed, sums, lanes)
+        for k in range(len(active)):
+            turn[0, k] = 0.0
+            if not active[k]:
+                continue
+            steps[k] += 1
+            turn[0, k], square[k] = sums[0, k] / square[k], sums[0, k]
+            bound[k] = sums[1, k] * factor[k]
+            if bound[k] < 0.5 * halved[k]:
+                halved[k], halved_at[k] = bound[k], steps[k]
+            goes_on = bound[k] > target[k] and bound[k] < largest[k] and steps[k] < limit[k]
+            active[k] = goes_on and steps[k] - halved_at[k] < patience[k]
+
+
+@njit(cache=True, nogil=True)
+def left(order: Any, out: Any, x: Any, unit: Any, found: Any, added: bool) -> None:
+    """x in the order and the units of the right-hand sides, added to `found` [N, ≤ W] or in its place."""
+    for a in range(uint64(len(order))):
+        i = uint64(order[a])
+        for k in range(found.shape[1]):
+            value = x[a, k] * (out[a] * unit[k])
+            found[i, k] = found[i, k] + value if added else value
