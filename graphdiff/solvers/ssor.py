@@ -49,15 +49,17 @@ class Triangles(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """The operator, µ, log d − max log d [N, 1], and triangles: one for each µ.
+    """The operator, µ, log d − max log d [N, 1], triangles: one for each µ, and memory to sweep in.
 
-    These are in the order of µ's leading dimensions and channels.
+    Triangles are in the order of µ's leading dimensions and channels. New memory for every few signals would
+    cost as much as sweeping them several times.
     """
 
     operator: Transition
     mu: Tensor
     log_weight: Tensor
     triangles: list[Triangles]
+    memory: dict[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -114,15 +116,15 @@ class SSOR(Solver):
             numbers = (np.ascontiguousarray(x.squeeze(-1).numpy()) for x in (m, remaining))
             split = sweeps.split(P.indptr, P.indices, P.data, order, degree, *numbers)
             triangles.append(Triangles(order, *split))
-        return Swept(operator, mu, log_weight, triangles)
+        return Swept(operator, mu, log_weight, triangles, {})
 
     def transposed(self, state: Swept) -> Swept:
         """The same triangles: I − MPᵀ = M S D⁻¹ where I − MP = M D⁻¹ S."""
-        return state._replace(operator=state.operator.T)
+        return state._replace(operator=state.operator.T, memory={})
 
     def solve(self, state: Swept, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Iterate until the bound of each right-hand side is below its target."""
-        operator, mu, log_weight, triangles = state
+        operator, mu, log_weight, triangles, _ = state
         batch = checks.broadcast_batch([operator.shape[:-2], rhs.shape[:-2], mu.shape[:-2]], "P, s and µ")
         nodes, channels = rhs.shape[-2:]
         given, start, unit, pinned = rhs, initial, torch.ones_like(target), bool((mu == 0).any())
@@ -149,7 +151,8 @@ class SSOR(Solver):
                     block.solve(b, guess, found, done, (place, part), pinned)
         steps = torch.from_numpy(done.steps).reshape(*batch, channels)
         unfinished = torch.from_numpy(~(done.bound <= done.target)).reshape(*batch, 1, channels)
-        reached = Iterate(y, steps, steps + 1)
+        # The residual of the start, and a triangle at either end.
+        reached = Iterate(y, steps, steps + 2)
         return carry_on(Chebyshev(), Problem(operator, mu), rhs, reached, unfinished, target, limits)
 
 
@@ -182,28 +185,31 @@ class _Block:
     """The memory for some signals of one µ, and what is swept in it."""
 
     def __init__(self, state: Swept, number: int, dtype: Any, channels: int) -> None:
-        operator, mu, log_weight, triangles = state
+        operator, mu, log_weight, triangles, memory = state
         self.triangles = found = triangles[number]
         nodes, line = len(found.order), LINE // dtype.itemsize
         self.width = line if channels >= line or (channels > 1 and nodes <= MANY) else 1
         self.most = max(1, BURST // (self.width * (len(found.lower[1]) + len(found.upper[1]) + nodes)))
-        root, inverse, inverse_mu, weighted, weighted_mu, image, weights = found.scales
+        root, inverse, root_degree, weighted, inverse_mu, weighted_mu, image, weights = found.scales
         self.summed = operator.stochastic == "columns"
         remaining = remaining_of(operator, mu)
         remaining = remaining.expand(*mu.shape[:-2], remaining.shape[-2], mu.shape[-1]).amin(-2).reshape(-1)
         if self.summed:
-            self.scales, self.weights = (inverse_mu, weighted, root, image), weights
+            self.scales, self.out, self.weights = (inverse_mu, root_degree, root, image), weighted, weights
             self.factor = 1 / float(remaining[number])
         else:
-            self.scales, self.weights = (weighted_mu, inverse, root, image), inverse
+            self.scales, self.out, self.weights = (weighted_mu, root, root, image), inverse, inverse
             self.factor = found.bound
         largest = float(mu.amax(-2).reshape(-1)[number])
         condition = 1 + largest**2 / (1 - largest)
         self.rate = torch.tensor((condition**0.5 - 1) / (condition**0.5 + 1), dtype=torch.float64)
         self.spread = float(log_weight.amin().double().clamp(min=LEAST).mul(0.5).exp())
-        # torch's memory begins where a cache line does.
-        of = getattr(torch, dtype.name)
-        self.vectors = [torch.zeros(nodes, self.width, dtype=of).numpy() for _ in range(5)]
+        kind = self.width, dtype
+        if kind not in memory:
+            # torch's memory begins where a cache line does.
+            of = getattr(torch, dtype.name)
+            memory[kind] = [torch.empty(nodes, self.width, dtype=of).numpy() for _ in range(5)]
+        self.vectors = memory[kind]
         self.loss = LOSS / np.finfo(dtype).eps
 
     def solve(self, given: Any, start: Any, found: Any, done: "_Progress", place: Any, added: bool) -> None:
@@ -248,13 +254,14 @@ class _Block:
         lost = (~(bound < largest) & (steps > 0))[:width]
         kept = (found if added else start)[:, lost].copy()
         unit[:width] *= done.unit[place]
-        sweeps.left(triangles.order, self.scales[1], x, unit, found, added)
+        sweeps.left(triangles.order, self.out, x, unit, found, added)
         found[:, lost] = kept
 
 
 def _fits(operator: Transition) -> bool:
-    """Whether the walk's edges are there to be swept."""
-    return operator.sparse and operator.device.type == "cpu" and operator.to_scipy().nnz < 2**32
+    """Whether the walk's edges are there to be swept, in numbers of 32 bits."""
+    rows = operator.T if operator.stochastic == "columns" else operator
+    return rows.sparse and rows.device.type == "cpu" and rows.to_scipy().nnz < 2**32
 
 
 @functools.cache

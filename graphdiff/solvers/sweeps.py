@@ -200,10 +200,10 @@ def split(starts: Any, nodes: Any, values: Any, order: Any, degree: Any, mu: Any
     """L and Lᵀ by rows; what scales to the symmetric system and back, [N] each in the order; and a bound.
 
     Of P with weights d, ω = d(1 − µP_ii)/µ scales D(M⁻¹ − P) to I − L − Lᵀ. Returned beside the triangles are
-    √ω, 1/√ω, 1/(µ√ω), d/√ω, d/(µ√ω), the image of the slowest mode √ω, weights, and the bound: with ρ = (I −
-    L)⁻¹ times the residual in the symmetric system, a row of the true one divided by `remaining`, 1 −
-    µ·rowsum, is at most that bound times max |ρ|/√ω; and in the transposed system its 1-norm is at most Σ |ρ|
-    times the weights. Nodes where µ = 0 belong to neither triangle.
+    √ω, 1/√ω, √ω/d, d/√ω, 1/(µ√ω), d/(µ√ω), the image of the slowest mode √ω, weights, and the bound: with
+    ρ = (I − L)⁻¹ times the residual in the symmetric system, a row of the true one divided by `remaining`,
+    1 − µ·rowsum, is at most that bound times max |ρ|/√ω; and in the transposed system its 1-norm is at most
+    Σ |ρ| times the weights. Nodes where µ = 0 belong to neither triangle.
     """
     count, edges = uint64(len(order)), len(nodes)
     rank, loop = np.empty(count, np.uint32), np.zeros(count, np.float64)
@@ -219,7 +219,7 @@ def split(starts: Any, nodes: Any, values: Any, order: Any, degree: Any, mu: Any
     below, above = np.zeros(count + uint64(1), np.uint32), np.zeros(count + uint64(1), np.uint32)
     into_below, into_above = np.empty(edges, np.uint32), np.empty(edges, np.uint32)
     of_below, of_above = np.empty(edges, values.dtype), np.empty(edges, values.dtype)
-    scales = np.zeros((7, count), np.float64)
+    scales = np.zeros((8, count), np.float64)
     first, second, bound = uint64(0), uint64(0), 0.0
     for a in range(count):
         i = uint64(order[a])
@@ -241,10 +241,10 @@ def split(starts: Any, nodes: Any, values: Any, order: Any, degree: Any, mu: Any
         below[a + uint64(1)], above[a + uint64(1)] = first, second
         if mu[i] > 0:
             root = 1 / inverse[i]
-            scales[0, a], scales[1, a], scales[2, a] = root, inverse[i], inverse[i] / mu[i]
-            scales[3, a], scales[4, a] = scale, scale / mu[i]
-            scales[5, a] = scale / mu[i] * remaining[i]
-            scales[6, a] = mu[i] * root + scale * after
+            scales[0, a], scales[1, a], scales[2, a], scales[3, a] = root, inverse[i], 1 / scale, scale
+            scales[4, a], scales[5, a] = inverse[i] / mu[i], scale / mu[i]
+            scales[6, a] = scales[5, a] * remaining[i]
+            scales[7, a] = mu[i] * root + scale * after
             bound = max(bound, (1 - mu[i] * (loop[i] - before)) / remaining[i])
     lower = below, into_below[:first], of_below[:first]
     return lower, (above, into_above[:second], of_above[:second]), scales, bound
@@ -263,56 +263,68 @@ def entered(
     where that is more than rounding.
     """
     order, lower, upper = triangles
-    into, out, roots, image = scales
-    width, nodes = given.shape[1], uint64(len(order))
-    unit[:] = 0.0
-    guessed = np.zeros(len(unit), np.bool_)
+    into, back, roots, image = scales
+    width, nodes = uint64(given.shape[1]), uint64(len(order))
+    unit[:], guessed = 0.0, np.zeros(len(unit), np.bool_)
     for a in range(nodes):
         i = uint64(order[a])
         for k in range(width):
-            value, guess = abs(into[a] * given[i, k]), 0.0
-            if start[i, k] != 0.0 and out[a] != 0.0:
-                guessed[k], guess = True, abs(start[i, k] / out[a])
-            unit[k] = max(unit[k], value, guess)
-    for k in range(len(unit)):
+            guess = back[a] * start[i, k]
+            unit[k] = max(unit[k], abs(into[a] * given[i, k]), abs(guess))
+            guessed[k] |= guess != 0.0
+    for k in range(width):
         unit[k] = unit[k] if unit[k] > 0 else 1.0
-    any_guess = guessed.any()
+    inverse = 1 / unit
     for a in range(nodes):
         i = uint64(order[a])
         for k in range(width):
-            r[a, k] = into[a] * given[i, k] / unit[k]
-            x[a, k] = start[i, k] / out[a] / unit[k] if guessed[k] and out[a] != 0.0 else 0.0
-        for k in range(width, r.shape[1]):
+            r[a, k] = into[a] * given[i, k] * inverse[k]
+            x[a, k] = back[a] * start[i, k] * inverse[k]
+        for k in range(width, uint64(r.shape[1])):
             r[a, k] = x[a, k] = 0.0
-    if any_guess:
-        for a in range(nodes):
-            q = load(r, a, lanes) - load(x, a, lanes)
-            for starts, numbers, values in (lower, upper):
-                for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
-                    q = q + load(x, uint64(numbers[e]), lanes) * values[e]
-            store(r, a, q)
-        length, energy = 0.0, 0.0
-        for a in range(nodes):
-            length += roots[a] * roots[a]
-            energy += roots[a] * image[a]
-        share, square = np.zeros(len(unit)), np.zeros(len(unit))
-        for a in range(nodes):
-            for k in range(width):
-                share[k] += roots[a] * r[a, k]
-                square[k] += r[a, k] * r[a, k]
-        for k in range(width):
-            # No more than rounding is none: nodes that a signal does not reach stay at exactly 0.
-            if guessed[k] and abs(share[k]) > ROUNDING * np.sqrt(length * square[k]) and energy > 0.0:
-                part = share[k] / energy
-                for a in range(nodes):
-                    x[a, k] += part * roots[a]
-                    r[a, k] -= part * image[a]
+    if guessed.any():
+        _corrected(lower, upper, roots, image, guessed, x, r, lanes)
     starts, numbers, values = lower
     for a in range(nodes):
         q = load(r, a, lanes)
         for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
             q = q + load(r, uint64(numbers[e]), lanes) * values[e]
         store(r, a, q)
+
+
+@njit(cache=True, nogil=True)
+def _corrected(
+    lower: Any, upper: Any, roots: Any, image: Any, guessed: Any, x: Any, r: Any, lanes: Any
+) -> None:
+    """r ← r − (I − L − Lᵀ)x, and the slowest mode where a start has it wrong."""
+    (below, into_below, of_below), (above, into_above, of_above) = lower, upper
+    s0, length, energy = zeros(lanes), 0.0, 0.0
+    s1, s2, s3, q0, q1, q2, q3 = s0, s0, s0, s0, s0, s0, s0
+    for a in range(uint64(len(roots))):
+        q = load(r, a, lanes) - load(x, a, lanes)
+        # A loop over the two triangles would count references at every row.
+        for e in range(uint64(below[a]), uint64(below[a + uint64(1)])):
+            q = q + load(x, uint64(into_below[e]), lanes) * of_below[e]
+        for e in range(uint64(above[a]), uint64(above[a + uint64(1)])):
+            q = q + load(x, uint64(into_above[e]), lanes) * of_above[e]
+        store(r, a, q)
+        v = wide(q)
+        s0, s1, s2, s3 = s1, s2, s3, s0 + v * roots[a]
+        q0, q1, q2, q3 = q1, q2, q3, q0 + v * v
+        length += roots[a] * roots[a]
+        energy += roots[a] * image[a]
+    sums, part = np.empty((2, len(guessed))), np.zeros((1, len(guessed)), x.dtype)
+    store(sums, uint64(0), (s0 + s1) + (s2 + s3))
+    store(sums, uint64(1), (q0 + q1) + (q2 + q3))
+    for k in range(uint64(len(guessed))):
+        # No more than rounding is none: nodes that a signal does not reach stay at exactly 0.
+        if guessed[k] and energy > 0.0 and abs(sums[0, k]) > ROUNDING * np.sqrt(length * sums[1, k]):
+            part[0, k] = sums[0, k] / energy
+    if part.any():
+        c = load(part, uint64(0), lanes)
+        for a in range(uint64(len(roots))):
+            store(x, a, load(x, a, lanes) + c * x.dtype.type(roots[a]))
+            store(r, a, load(r, a, lanes) - c * x.dtype.type(image[a]))
 
 
 @njit(cache=True, nogil=True)

@@ -1,0 +1,243 @@
+"""SSOR: its condition number, its triangles and bounds, bits no neighbour changes, life without numba."""
+
+import importlib.util
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+import graphdiff as gd
+from tests.graphdiff.zoo import oracle
+
+f64 = {"dtype": torch.float64}
+with_numba = pytest.mark.skipif(
+    importlib.util.find_spec("numba") is None, reason="numba, the extra [compiled], is absent"
+)
+SSOR = gd.solvers.SSOR()
+
+
+def weighted(nodes, seed, loops=True, zeros=False, spread=1.0):
+    """A connected graph of random weights, some nodes far heavier than others, and its walk."""
+    g = torch.Generator().manual_seed(seed)
+    scale = (spread * torch.randn(nodes, generator=g, **f64)).exp()
+    W = torch.rand(nodes, nodes, generator=g, **f64) * (torch.rand(nodes, nodes, generator=g) < 0.3)
+    W = W + torch.diag(torch.ones(nodes - 1, **f64), 1)
+    W = scale[:, None] * W * scale
+    W = W + W.T
+    W = W if loops else W - torch.diag(W.diagonal())
+    if zeros and bool((W == 0).any()):
+        # An edge of weight 0 each way, which is stored all the same.
+        i, j = (W == 0).nonzero()[0].tolist()
+        edges = torch.cat([W.nonzero().T, torch.tensor([[i, j], [j, i]])], 1)
+        return gd.SparseTransition.from_edge_index(edges, W[tuple(edges)], nodes)
+    return gd.SparseTransition.from_scipy(sparse.csr_array(W.numpy()))
+
+
+def triangles(P, mu):
+    """I − L − Lᵀ dense, L, the order, and what the solver keeps beside."""
+    from graphdiff.solvers.ssor import SSOR as Solver
+
+    mu = torch.as_tensor(mu, **f64).reshape(-1, 1)
+    (found,) = Solver().prepare(P, mu).triangles
+    nodes = P.shape[-1]
+
+    def dense(triangle):
+        starts, numbers, values = (torch.from_numpy(x.astype("f8")) for x in triangle)
+        L = torch.zeros(nodes, nodes, **f64)
+        for a in range(nodes):
+            some = slice(int(starts[a]), int(starts[a + 1]))
+            L[a, numbers[some].long()] = values[some]
+        return L
+
+    return dense(found.lower), dense(found.upper), torch.from_numpy(found.order.astype("i8")), found
+
+
+@with_numba
+@settings(max_examples=40)
+@given(st.integers(3, 30), st.integers(0, 2**20), st.sampled_from([0.3, 0.85, 0.99]), st.booleans())
+def test_the_triangles_are_those_of_the_scaled_system(nodes, seed, mu, each):
+    P = weighted(nodes, seed)
+    mu = mu * torch.rand(nodes, generator=torch.Generator().manual_seed(seed), **f64) if each else mu
+    L, U, order, found = triangles(P, mu)
+    assert sorted(order.tolist()) == list(range(nodes))
+    assert (L.triu() == 0).all()
+    torch.testing.assert_close(U, L.T, rtol=1e-12, atol=0)
+    # D(M⁻¹ − P), scaled by 1/√ω from both sides.
+    m = torch.as_tensor(mu, **f64).expand(nodes)
+    degree = (P.log_degree - P.log_degree.max()).exp()
+    S = torch.diag(degree / m) - degree[:, None] * P.dense()
+    S = S[order][:, order]
+    root = torch.from_numpy(found.scales[0])
+    torch.testing.assert_close(
+        S / root[:, None] / root, torch.eye(nodes, **f64) - L - U, rtol=1e-10, atol=1e-13
+    )
+
+
+@with_numba
+@settings(max_examples=40)
+@given(st.integers(3, 30), st.integers(0, 2**20), st.sampled_from([0.3, 0.85, 0.99]))
+def test_the_condition_number_is_at_most_what_the_file_says(nodes, seed, mu):
+    L, _, _, _ = triangles(weighted(nodes, seed), mu)
+    eye = torch.eye(nodes, **f64)
+    left = torch.linalg.inv(eye - L)
+    values = torch.linalg.eigvalsh(left @ (eye - L - L.T) @ left.T)
+    assert values.max() <= 1 + 1e-10
+    assert values.min() >= 1 / (1 + mu**2 / (1 - mu)) - 1e-10
+
+
+@with_numba
+@settings(max_examples=60)
+@given(st.integers(3, 30), st.integers(0, 2**20), st.sampled_from([0.3, 0.85, 0.99]), st.booleans())
+def test_what_bounds_the_residual_does(nodes, seed, mu, each):
+    P = weighted(nodes, seed)
+    g = torch.Generator().manual_seed(seed)
+    m = mu * torch.rand(nodes, generator=g, **f64) if each else torch.full((nodes,), mu, **f64)
+    L, _, order, found = triangles(P, m if each else mu)
+    scales = torch.from_numpy(found.scales)
+    # Some entries large, as where one node's row decides.
+    rho = torch.randn(nodes, generator=g, **f64) ** 3
+    residual = rho - L @ rho
+    rows = residual * m[order] / (P.log_degree - P.log_degree.max()).exp()[order] * scales[0]
+    error = (rows / (1 - m[order])).abs().max()
+    assert error <= found.bound * (rho.abs() * scales[1]).max() * (1 + 1e-12)
+    columns = (residual * m[order] * scales[0]).abs().sum()
+    assert columns <= (rho.abs() * scales[7]).sum() * (1 + 1e-12)
+
+
+@with_numba
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_signal_has_its_bits_and_steps_in_any_company(dtype, transposed):
+    image = torch.rand(1, 15, 20, generator=torch.Generator().manual_seed(2), **f64)
+    P = gd.grid_transition(image, beta=9.0).to(dtype)
+    P = P.T if transposed else P
+    # More than two lines of lanes, and of one signal alone, two, a line, and a line and one.
+    s = torch.randn(300, 37, generator=torch.Generator().manual_seed(1), **f64)
+    s[:, ::3] = torch.eye(300, 13, **f64)
+    s = s.to(dtype)
+    together = gd.solve(P, s, 0.95, solver=SSOR)
+    assert together.converged.all()
+    assert len(set(together.steps.tolist())) > 1
+    for some in ([0], [36], [3, 11], list(range(8)), list(range(9)), list(range(36, -1, -1))):
+        alone = gd.solve(P, s[:, some], 0.95, solver=SSOR)
+        assert torch.equal(alone.value, together.value[:, some])
+        assert torch.equal(alone.steps, together.steps[some])
+
+
+@with_numba
+def test_signals_of_all_sizes_side_by_side():
+    P = weighted(200, 5)
+    s = torch.randn(200, 6, generator=torch.Generator().manual_seed(2), **f64)
+    size = torch.tensor([1.0, 1e-200, 1e200, 0.0, 1e-30, 1e30], **f64)
+    for Q, wanted in ((P, P.dense()), (P.T, P.dense().T)):
+        sol = gd.solve(Q, s * size, 0.9, solver=SSOR)
+        assert sol.converged.all()
+        exact = oracle(wanted, s, 0.9)
+        assert (
+            (sol.value / size.where(size > 0, torch.tensor(1.0, **f64)) - exact)[:, size > 0].abs() < 1e-7
+        ).all()
+        assert (sol.value[:, 3] == 0).all()
+
+
+@with_numba
+@pytest.mark.parametrize("spread", [3.0, 12.0])
+def test_weights_of_very_different_size(spread):
+    P = weighted(60, 7, spread=spread)
+    s = torch.randn(60, 3, generator=torch.Generator().manual_seed(2), **f64)
+    for Q, wanted in ((P, P.dense()), (P.T, P.dense().T)):
+        sol = gd.solve(Q, s, 0.99, solver=SSOR)
+        assert sol.converged.all()
+        error = (sol.value - oracle(wanted, s, 0.99)).abs()
+        assert ((error.sum(0) if Q is not P else error.amax(0)) <= sol.error_bound.squeeze() + 1e-12).all()
+
+
+@with_numba
+def test_loops_and_edges_of_weight_zero():
+    for loops, zeros in ((True, True), (False, True), (False, False)):
+        P = weighted(50, 11, loops=loops, zeros=zeros)
+        s = torch.randn(50, 2, generator=torch.Generator().manual_seed(2), **f64)
+        sol = gd.solve(P, s, 0.95, solver=SSOR)
+        torch.testing.assert_close(sol.value, oracle(P.dense(), s, 0.95), rtol=0, atol=1e-9)
+
+
+@with_numba
+def test_each_mu_of_a_batch_and_nodes_that_stay():
+    P = gd.grid_transition(torch.rand(1, 9, 9, generator=torch.Generator().manual_seed(2), **f64), beta=9.0)
+    s = torch.randn(2, 81, 2, generator=torch.Generator().manual_seed(3), **f64)
+    node = torch.rand(81, 1, generator=torch.Generator().manual_seed(4), **f64)
+    node = node * (torch.arange(81) % 3 > 0)[:, None]
+    for mu in (torch.tensor([[0.5, 0.999]], **f64), torch.tensor([[[0.9]], [[0.99]]], **f64), node):
+        for walk in (P, P.T):
+            sol = gd.solve(walk, s, mu, solver=SSOR)
+            exact = gd.diffuse(walk, s, mu, solver=gd.solvers.Direct())
+            torch.testing.assert_close(sol.value, exact, rtol=0, atol=1e-8)
+            if mu is node:
+                assert torch.equal(sol.value[:, ::3], s[:, ::3])
+
+
+@with_numba
+def test_nodes_that_a_signal_does_not_reach_stay_at_zero():
+    edges = torch.tensor([[0, 1, 2, 4, 5, 6], [1, 2, 3, 5, 6, 7]])
+    P = gd.SparseTransition.from_edge_index(edges, undirected=True, **f64)
+    s = torch.eye(8, **f64)[:, [1, 6]]
+    for Q in (P, P.T):
+        sol = gd.solve(Q, s, 0.9, solver=SSOR)
+        assert (sol.value[4:, 0] == 0).all()
+        assert (sol.value[:4, 1] == 0).all()
+        assert (sol.value[:4, 0] > 0).all()
+
+
+@with_numba
+def test_about_half_the_steps_of_cg_and_a_first_guess_off_by_a_constant_takes_no_more():
+    P = gd.grid_transition(torch.zeros(1, 40, 40, **f64))
+    s = torch.randn(1600, generator=torch.Generator().manual_seed(4), **f64)
+    for Q, mode in ((P, torch.ones(1600, **f64)), (P.T, P.log_degree.exp())):
+        ours = gd.solve(Q, s, 0.99, tol=1e-8, solver=SSOR)
+        cg = gd.solve(Q, s, 0.99, tol=1e-8, solver=gd.solvers.CG())
+        assert ours.steps <= 0.6 * cg.steps
+        shifted = gd.solve(Q, s, 0.99, tol=1e-8, solver=SSOR, initial=s + 100 * mode)
+        assert shifted.steps <= ours.steps + 1
+        warm = gd.solve(Q, s, 0.99, tol=1e-8, solver=SSOR, initial=ours.value)
+        assert warm.steps <= 2
+
+
+@with_numba
+def test_auto_takes_it_and_says_why_and_others_are_named_where_it_does_not_apply():
+    grid = gd.grid_transition(torch.zeros(1, 20, 20, **f64))
+    s = torch.randn(400, 2, generator=torch.Generator().manual_seed(4), **f64)
+    sol = gd.solve(grid, s, 0.9)
+    assert sol.solver == "SSOR()"
+    assert sol.reason.startswith("sparse and reversible: at most about")
+    # A matrix for each µ would be kept.
+    assert gd.solve(grid, s, torch.tensor([[0.5, 0.9]], **f64)).solver == "CG()"
+    dense = gd.DenseTransition.from_affinity(torch.ones(3, 3, **f64))
+    with pytest.raises(ValueError, match=r"SSOR needs a sparse walk on the CPU .*, got Dense.* use CG\(\)"):
+        gd.diffuse(dense, torch.ones(3, **f64), 0.5, solver=SSOR)
+    directed = gd.SparseTransition.from_edge_index(torch.tensor([[0, 1, 2], [1, 2, 0]]), **f64)
+    with pytest.raises(ValueError, match=r"SSOR needs a walk known to be reversible"):
+        gd.diffuse(directed, torch.ones(3, **f64), 0.5, solver=SSOR)
+
+
+def test_without_numba_auto_takes_cg_and_the_error_says_what_to_install():
+    script = """
+        import sys
+        sys.modules["numba"] = None
+        import torch, graphdiff as gd
+        P = gd.grid_transition(torch.zeros(1, 20, 20))
+        s = torch.eye(400)[0]
+        print(gd.solve(P, s, 0.9).solver)
+        try:
+            gd.solve(P, s, 0.9, solver=gd.solvers.SSOR())
+        except ImportError as error:
+            print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["CG()", "solver: SSOR needs numba; pip install numba, or use CG()"]
