@@ -153,46 +153,52 @@ _defined(operator.mul, "fmul")
 
 
 @njit(cache=True, nogil=True)
-def ordered(starts: Any, nodes: Any) -> Any:
-    """Nodes by colour, within one the largest degrees first, [N] uint32.
+def _sorted(order: Any, key: Any, keys: int) -> Any:
+    """The nodes of an order by their keys below `keys`, those of one key in the order they stand in."""
+    place, found = np.zeros(keys + 1, np.int64), np.empty(len(order), np.uint32)
+    for a in range(uint64(len(order))):
+        place[uint64(key[uint64(order[a])]) + uint64(1)] += 1
+    place = np.cumsum(place)
+    for a in range(uint64(len(order))):
+        k = uint64(key[uint64(order[a])])
+        found[uint64(place[k])] = order[a]
+        place[k] += 1
+    return found
 
-    Few neighbours share a colour, so a sweep seldom waits for the row before; rows of one length follow each
-    other, so that its branches are foreseen; and the hubs, which all others read, lie together.
+
+@njit(cache=True, nogil=True)
+def ordered(starts: Any, nodes: Any) -> Any:
+    """Nodes by colour, within one the largest degrees first, of these those with most edges back, uint32 [N].
+
+    Few neighbours share a colour, so a sweep seldom waits for the row before; rows of one length in both
+    triangles follow each other, so that its branches are foreseen, which is worth up to half of its time; and
+    the hubs, which all others read, lie together.
     """
-    count = uint64(len(starts) - 1)
-    longest = uint64(0)
+    count, none = uint64(len(starts) - 1), uint64(COLOURS)
+    # How much shorter than the longest row.
+    longest, shorter = uint64(0), np.empty(count, np.uint32)
     for i in range(count):
         longest = max(longest, uint64(starts[i + uint64(1)]) - uint64(starts[i]))
-    place = np.zeros(longest + uint64(2), np.int64)
     for i in range(count):
-        place[longest - (uint64(starts[i + uint64(1)]) - uint64(starts[i])) + uint64(1)] += 1
-    place = np.cumsum(place)
-    descending = np.empty(count, np.uint32)
-    for i in range(count):
-        shorter = longest - (uint64(starts[i + uint64(1)]) - uint64(starts[i]))
-        descending[uint64(place[shorter])] = i
-        place[shorter] += 1
+        shorter[i] = longest - (uint64(starts[i + uint64(1)]) - uint64(starts[i]))
+    natural = np.arange(len(shorter)).astype(np.uint32)
 
-    none = uint64(COLOURS)
     colour = np.full(count, none, np.uint16)
     taken = np.full(COLOURS + 1, count, np.uint64)
-    many = np.zeros(COLOURS + 2, np.int64)
-    for a in range(count):
-        i = uint64(descending[a])
-        for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
+    for i in _sorted(natural, shorter, longest + 1):
+        for e in range(uint64(starts[uint64(i)]), uint64(starts[uint64(i) + uint64(1)])):
             taken[uint64(colour[uint64(nodes[e])])] = i
         found = uint64(0)
         while found < none - uint64(1) and taken[found] == i:
             found += uint64(1)
-        colour[i] = found
-        many[found + uint64(1)] += 1
-    many = np.cumsum(many)
-    order = np.empty(count, np.uint32)
-    for a in range(count):
-        i = uint64(descending[a])
-        order[uint64(many[uint64(colour[i])])] = i
-        many[uint64(colour[i])] += 1
-    return order
+        colour[uint64(i)] = found
+
+    ahead = np.zeros(count, np.uint32)
+    for i in range(count):
+        for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
+            ahead[i] += colour[uint64(nodes[e])] >= colour[i]
+    order = _sorted(_sorted(natural, ahead, longest + 1), shorter, longest + 1)
+    return _sorted(order, colour, COLOURS)
 
 
 @njit(cache=True, nogil=True)
