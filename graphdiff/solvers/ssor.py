@@ -215,7 +215,11 @@ class _Block:
     def solve(self, given: Any, start: Any, found: Any, done: "_Progress", place: Any, added: bool) -> None:
         """Put what solves for `given` in the place of `found`, or add it to that; all are [N, ≤ width]."""
         sweeps, triangles = _sweeps(), self.triangles
-        lanes, width = (0,) * self.width, given.shape[1]
+        lanes, width, wanted = (0,) * self.width, given.shape[1], found
+        if width < self.width:
+            given, start, found = (
+                np.pad(v, ((0, 0), (0, self.width - width))) for v in (given, start, found)
+            )
         x, r, p, t, w = self.vectors
         for vector in (p, t, w):
             # What is left of other signals may be no number.
@@ -251,11 +255,13 @@ class _Block:
                     *(vectors, numbers, most, lanes),
                 )
         # Residuals that only grew say that the weights are blind to what matters.
-        lost = (~(bound < largest) & (steps > 0))[:width]
+        lost = ~(bound < largest) & (steps > 0)
         kept = (found if added else start)[:, lost].copy()
         unit[:width] *= done.unit[place]
-        sweeps.left(triangles.order, self.out, x, unit, found, added)
+        sweeps.left(triangles.order, self.out, x, unit.astype(x.dtype).reshape(1, -1), found, added, lanes)
         found[:, lost] = kept
+        if found is not wanted:
+            wanted[:] = found[:, :width]
 
 
 def _fits(operator: Transition) -> bool:

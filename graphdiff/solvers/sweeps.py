@@ -45,10 +45,18 @@ class _LanesModel(models.PrimitiveModel):
 
 
 def _row(context: Any, builder: Any, kind: Any, array: Any, row: Any, lanes: Lanes) -> Any:
-    """Where a row of an array [N, W] lies; unsigned rows, which are not counted from the end."""
-    data = context.make_array(kind)(context, builder, array).data
-    first = builder.gep(data, [builder.mul(row, ir.Constant(row.type, lanes.count))])
-    return builder.bitcast(first, context.get_value_type(lanes).as_pointer())
+    """Where a row of an array [N, W] lies, which is unsigned, for it is not counted from the end.
+
+    W neighbouring columns of a wider array will do.
+    """
+    made = context.make_array(kind)(context, builder, array)
+    place = context.get_value_type(lanes).as_pointer()
+    if kind.layout == "C":
+        first = builder.gep(made.data, [builder.mul(row, ir.Constant(row.type, lanes.count))])
+    else:
+        bytes_of = builder.bitcast(made.data, ir.IntType(8).as_pointer())
+        first = builder.gep(bytes_of, [builder.mul(row, builder.extract_value(made.strides, 0))])
+    return builder.bitcast(first, place)
 
 
 @intrinsic
@@ -263,35 +271,35 @@ def split(starts: Any, nodes: Any, values: Any, order: Any, degree: Any, mu: Any
 def entered(
     triangles: Any, scales: Any, given: Any, start: Any, x: Any, r: Any, unit: Any, lanes: Any
 ) -> None:
-    """The start as x, and r = (I − L)⁻¹ρ of its residual ρ, both in units of a signal's largest number.
+    """The start as x, and r = (I − L)⁻¹ρ of its residual ρ, both divided by a signal's largest number.
 
-    `given` and `start` are [N, ≤ W]. As much of the slowest mode is added to a start as lessens its error,
+    `given` and `start` are [N, W]. As much of the slowest mode is added to a start as lessens its error,
     where that is more than rounding.
     """
     order, lower, upper = triangles
     into, back, roots, image = scales
-    width, nodes = uint64(given.shape[1]), uint64(len(order))
-    unit[:], guessed = 0.0, np.zeros(len(unit), np.bool_)
-    for a in range(nodes):
+    most, guess = magnitude(load(given, uint64(0), lanes)), magnitude(load(start, uint64(0), lanes))
+    for i in range(uint64(len(order))):
+        most = larger(most, magnitude(load(given, i, lanes)))
+        guess = larger(guess, magnitude(load(start, i, lanes)))
+    found, inverse = np.empty((2, len(unit)), x.dtype), np.empty((1, len(unit)), x.dtype)
+    store(found, uint64(0), most)
+    store(found, uint64(1), guess)
+    guessed = found[1] != 0.0
+    for k in range(uint64(len(unit))):
+        unit[k] = max(found[0, k], found[1, k])
+        # Whose inverse is finite.
+        unit[k] = max(unit[k], np.finfo(x.dtype).tiny) if unit[k] > 0 else 1.0
+        inverse[0, k] = 1 / unit[k]
+    scale = load(inverse, uint64(0), lanes)
+    for a in range(uint64(len(order))):
         i = uint64(order[a])
-        for k in range(width):
-            guess = back[a] * start[i, k]
-            unit[k] = max(unit[k], abs(into[a] * given[i, k]), abs(guess))
-            guessed[k] |= guess != 0.0
-    for k in range(width):
-        unit[k] = unit[k] if unit[k] > 0 else 1.0
-    inverse = 1 / unit
-    for a in range(nodes):
-        i = uint64(order[a])
-        for k in range(width):
-            r[a, k] = into[a] * given[i, k] * inverse[k]
-            x[a, k] = back[a] * start[i, k] * inverse[k]
-        for k in range(width, uint64(r.shape[1])):
-            r[a, k] = x[a, k] = 0.0
+        store(r, a, load(given, i, lanes) * scale * x.dtype.type(into[a]))
+        store(x, a, load(start, i, lanes) * scale * x.dtype.type(back[a]))
     if guessed.any():
         _corrected(lower, upper, roots, image, guessed, x, r, lanes)
     starts, numbers, values = lower
-    for a in range(nodes):
+    for a in range(uint64(len(order))):
         q = load(r, a, lanes)
         for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
             q = q + load(r, uint64(numbers[e]), lanes) * values[e]
@@ -422,10 +430,10 @@ def iterated(
 
 
 @njit(cache=True, nogil=True)
-def left(order: Any, out: Any, x: Any, unit: Any, found: Any, added: bool) -> None:
-    """x in the order and the units of the right-hand sides, added to `found` [N, ≤ W] or in its place."""
+def left(order: Any, out: Any, x: Any, unit: Any, found: Any, added: bool, lanes: Any) -> None:
+    """x in the order and the units of the right-hand sides, added to `found` [N, W] or in its place."""
+    scale = load(unit, uint64(0), lanes)
     for a in range(uint64(len(order))):
         i = uint64(order[a])
-        for k in range(found.shape[1]):
-            value = x[a, k] * (out[a] * unit[k])
-            found[i, k] = found[i, k] + value if added else value
+        value = load(x, a, lanes) * x.dtype.type(out[a]) * scale
+        store(found, i, load(found, i, lanes) + value if added else value)
