@@ -120,8 +120,8 @@ def products():
     operators = {
         "grid 32 × 32": plain_grid(32),
         "preferential attachment, N = 1000, m = 4": preferential(1000),
-        "attention, |ψ| = 1": sphere(1.0),
-        "attention, |ψ| = 4": sphere(4.0),
+        "attention, ∣ψ∣ = 1": sphere(1.0),
+        "attention, ∣ψ∣ = 4": sphere(4.0),
     }
     names = ("CG", "Chebyshev", "BiCGSTAB", "Walk", "Auto")
     header(
