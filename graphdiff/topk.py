@@ -40,6 +40,8 @@ from graphdiff.solvers.push import FALL, Array, Columns, Region
 EPS = float(np.finfo(np.float64).eps)
 # Where much is left to be done thresholds fall by this from stage to stage; ranks are looked at after each.
 FAR = 0.03
+# And by this where stages cost less than looks.
+FAST = 0.003
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +206,9 @@ def top_k(
     The first call for a walk looks at every edge, to find out by what errors are bounded; later calls with
     the same P do not. Kept beside P are three numbers a node and, once a query has become a solve on the
     whole graph, its edges in an order that is fast to multiply by: 12 bytes an edge (16 from 2³¹ edges on)
-    and some 44 a node.
+    and some 44 a node. Where numba is installed (extra `compiled`) a query is compiled, some times as fast;
+    then a reversible walk keeps 8 bytes an edge and some 72 a node instead, for every µ, and the first query
+    after an installation compiles for some seconds.
 
     Args:
         P: The walk, one graph, sparse, not its transpose: ``P[i, j]`` is the probability of the step i → j.
@@ -293,7 +297,7 @@ class _Query:
         bounded = mu * math.sqrt(measure.row_sum * measure.ratio) < 1
         self._scales = measure.scales if bounded else None
         self._max_work = max_work
-        self.region: Any = self._region() if _compiled() is None else self._local()
+        self.region: Any = self._local() if _fits(measure) else self._region()
         self._hidden, self._next_look = 0.0, 0.0
         # Conjugate gradients narrow intervals by 1/q = √((1 + ρ)/(1 − ρ)) a step, ρ² = 1 − µ², if anything is
         # hard about the graph, and seldom by more than q^-1.75 for long.
@@ -315,7 +319,10 @@ class _Query:
         region = Region(self.P.T, self.mu, weight, nonnegative=True, max_work=max_work, columns=columns)
         nodes, x = np.array([self.source]), np.zeros(1)
         if known is not None:
-            region.steps, region.work, nodes, x = known.steps, known.work, known.nodes, known.x
+            region.steps, region.work = known.steps, known.work
+            # Over-relaxed by weights that are not the walk's it may be farther off than nothing.
+            if float(np.abs(known.residual).sum()) <= 1 - self.mu:
+                nodes, x = known.nodes, known.x
         region.start(nodes, np.where(nodes == self.source, 1 - self.mu, 0.0), x)
         return region
 
@@ -324,7 +331,8 @@ class _Query:
         region, going, converged, too_wide = self.region, True, False, math.inf
         threshold = float(np.max(region.residual / region.weight))
         while going and not converged:
-            threshold *= max(FAR, min(FALL, 1 / too_wide))
+            far = FAR if isinstance(region, Region) else FAST
+            threshold *= max(far, min(FALL, 1 / too_wide))
             going = self._advance(threshold)
             region, ranks = self.region, self._ranks()
             # What is left to push is less than what rounding may hide.
@@ -339,7 +347,7 @@ class _Query:
         return ranks._replace(converged=converged, work=region.work, reason=reason)
 
     def _advance(self, threshold: float) -> bool:
-        """Push on, until what is left is below the threshold or, on the whole graph, until ranks are known."""
+        """Push on, to a threshold or, on the whole graph, until the ranks are known."""
         region = self._at_hand()
         going = region.whole or region.grow(threshold)
         region = self._at_hand()
@@ -392,7 +400,7 @@ class _Query:
         return wait == 0
 
     def _look(self, x: Array, r: Array) -> int:
-        """How many steps are to be taken at least until the ranks are known, from x and r on the whole graph."""
+        """How many steps it takes at least until the ranks are known, from x and r on the whole graph."""
         scales, tol = self._known(), 0.9 * self.tol
         reach = self._reach(r, scales, None)
         # Cheap, and what the largest alone do not fulfil all do not.
@@ -439,14 +447,13 @@ class _Query:
             upper += slack
         few = _largest_places(x + r, self.k)
         lower, _ = self._interval(x, r, scales, reach, slack, few)
-        # No node without more than this is one of k: the least of k nodes has it for certain.
+        # No node without more than this is one of k: the least of k nodes has it for certain. Nor does any
+        # such node count beside these: each of the k is either ranked, with more, or itself left over.
         least = (1 - 1e-9) * float(lower.min()) if len(few) == self.k else 0.0
-        places = np.flatnonzero(upper >= least)
-        beyond = least if len(places) < len(upper) else 0.0
+        places, beyond = np.flatnonzero(upper >= least), 0.0
         if not region.closed:
             most = (1.0, *scales.most) if scales is not None else (1.0, 0.0, 0.0)
-            unseen = min(a * b for a, b in zip(reach.above, most, strict=True) if a < math.inf or b > 0)
-            beyond = max(beyond, unseen)
+            beyond = min(a * b for a, b in zip(reach.above, most, strict=True) if a < math.inf or b > 0)
         bounds = self._interval(x, r, scales, reach, slack, places)
         return _ranked(*bounds, region.nodes[places], self.k, beyond)
 
@@ -556,6 +563,12 @@ def _compiled() -> Any:
     except ImportError:
         return None
     return localsor
+
+
+def _fits(measure: Measure) -> bool:
+    """Whether compiled code is there, and counts as far as there are edges."""
+    size = max(len(measure.columns.indptr), len(measure.columns.indices))
+    return size < 2**32 and _compiled() is not None
 
 
 def _check_walk(P: Transition) -> None:

@@ -1,19 +1,17 @@
 """(I − µPᵀ) x = b by push, compiled: over-relaxed near a source, preconditioned on the whole graph.
 
-Near the source a push takes ω times what a node holds of the residual and leaves (1 − ω) of it there,
+Near the source a push takes ω times what a node holds of the residual and leaves 1 − ω times it there,
 
     x_u += ω r_u,   r −= ω r_u (I − µPᵀ) e_u,
 
-nodes waiting in a queue while |r_v| > θ w_v: successive over-relaxation of the nodes that matter alone (Bai, Zhou,
-Yang and Xiao, "Faster local solvers for graph diffusion equations", NeurIPS 2024). With ω = 2/(1 + √(1 − µ²)) a
-round over the region leaves about ω − 1 of the error, where the walk is reversible; else ω = 1.
+nodes waiting in a queue while |r_v| > θ w_v: successive over-relaxation of the nodes that matter alone (Bai,
+Zhou, Yang and Xiao, "Faster local solvers for graph diffusion equations", NeurIPS 2024). Where the walk is
+reversible, ω = 2/(1 + √(1 − µ²)), and a round over the region leaves about ω − 1 of the error; else ω = 1.
 
-Where that comes to the whole graph and the walk is reversible, it goes on as conjugate gradients on
-
-    (I − L)⁻¹ (I − L − Lᵀ) (I − Lᵀ)⁻¹,   I − L − Lᵀ = ∆^(−1/2) (I − µS) ∆^(−1/2),   S = D^(1/2) P D^(−1/2),
-
-∆ the diagonal of I − µS, in Eisenstat's form (see `ssor`). What is kept are the triangles of S, which fit every
-µ: L = τ S' τ with S' what is below the diagonal and τ² = µ/∆.
+Where that comes to the whole graph and the walk is reversible, it goes on as conjugate gradients with SSOR as
+`ssor` has them, for one signal and in float32: with S = D^(1/2) P D^(−1/2), L what S has below the diagonal
+and ∆ the diagonal of I − µS, the preconditioner is (∆ − µL) ∆⁻¹ (∆ − µLᵀ). The triangles of S fit every µ.
+What float32 leaves is seen in the residual, computed in float64 by P itself, from which it starts anew.
 
 This file is read where numba is installed, and compiled when it is first used.
 """
@@ -31,11 +29,12 @@ from graphdiff.solvers.sweeps import ordered
 TOUCHED, OPENED, QUEUED = uint8(1), uint8(2), uint8(4)
 # How a stage of pushing ends.
 SETTLED, LIMITED, SLOW, WHOLE = range(4)
+# In units of this times the largest residual float32 has no numbers too small for it.
 UNIT = 2.0**-60
 
 
 class Halves(NamedTuple):
-    """S by its triangles, nodes in the order of `ordered`; 12 bytes an edge.
+    """S by its triangles in float32, 8 bytes an edge, the nodes by colour and then by length of rows.
 
     Attributes:
         nodes: The node at each place, [N].
@@ -83,8 +82,6 @@ class Local:
         weight: That of the known nodes, [known].
         whole: Whether every node is known.
         lost: Whether it goes no further here: `Region` goes on from x.
-        steps: Rounds of pushing.
-        work: Edges that these went along.
     """
 
     def __init__(
@@ -113,10 +110,12 @@ class Local:
 
     @property
     def steps(self) -> int:
+        """Rounds of pushing."""
         return int(self._counts[3])
 
     @property
     def work(self) -> int:
+        """Edges that these went along."""
         return int(self._counts[4])
 
     @property
@@ -197,8 +196,9 @@ class Local:
         scales = (self.mu / diagonal).astype(np.float32), diagonal, found.root
         vectors, numbers = tuple(np.zeros((6, count), np.float32)), np.zeros(2)
         x, residual, edges = self.x.copy(), self.residual.copy(), len(found.lower[1]) + len(found.upper[1])
-        before = least = float(np.abs(residual).sum())
-        # Far from the smallest numbers that there are.
+        before = least = left = float(np.abs(residual).sum())
+        if before == 0:
+            return not self.exhausted
         unit = UNIT * float(np.max(np.abs(residual) / found.root))
         entered(found.lower, scales, unit, residual, vectors[1])
         waited, most = 0, look(x, residual)
@@ -210,14 +210,17 @@ class Local:
             looked(found.lower, self.mu, scales, unit, self.x, vectors, numbers, x, residual)
             left = float(np.abs(residual).sum())
             waited, least = (0, left) if left < 0.5 * least else (waited + most, least)
-            most = look(x, residual) if steps == most else 0
-        self.x = np.maximum(x, 0)
-        self._x[self.nodes] = self.x
+            most = look(x, residual) if steps == most and left < math.inf else 0
+        self._x[self.nodes] = np.maximum(x, 0)
         multiplied(columns.indptr, columns.indices, columns.values, self.mu, self._x, self._r)
         self._counts[4] += len(columns.indices)
-        self.residual = self._r[self.nodes] + self.b - self.x
+        x = self._x[self.nodes]
+        residual = self._r[self.nodes] + self.b - x
+        left = float(np.abs(residual).sum())
+        if left <= before:
+            self.x, self.residual = x, residual
         # Weights that are not the walk's, or rounding.
-        self.lost = not (waited < self._patience and float(np.abs(self.residual).sum()) <= 0.5 * before)
+        self.lost = not (waited < self._patience and left <= 0.5 * before)
         return not self.exhausted
 
 

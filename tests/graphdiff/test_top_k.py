@@ -1,5 +1,6 @@
 """The first ranks by push, and `solvers.Push`: bounds, ranks, locality and refusals."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graphdiff as gd
+from graphdiff import topk
 from graphdiff.topk import _largest_places
 from tests.graphdiff.zoo import oracle, problems, to_the_last_digit
 
@@ -24,6 +26,18 @@ SPARSE = (
 )
 EDGES = torch.tensor([[0, 0, 1, 2, 3], [1, 2, 2, 0, 4]])
 DIRECTED = gd.SparseTransition.from_edge_index(EDGES, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module", params=["compiled", "plain"], autouse=True)
+def by(request):
+    """Everything by compiled code, and as it is where numba is not installed."""
+    patch = pytest.MonkeyPatch()
+    if request.param == "plain":
+        patch.setattr(topk, "_compiled", lambda: None)
+    elif importlib.util.find_spec("numba") is None:
+        pytest.skip("numba is not installed")
+    yield request.param
+    patch.undo()
 
 
 def ring(nodes, **options):
@@ -214,6 +228,29 @@ def test_nodes_never_seen_may_be_larger_than_those_that_are():
     for k in range(1, 12):
         for tol in (0.3, 0.1, 0.03, 0.01, 0.003):
             check(gd.top_k(P, 0, k, tol=tol), exact, tol, 1e-13)
+
+
+@pytest.mark.parametrize("directed", [False, True])
+@pytest.mark.parametrize("k", [1, 10, 60])
+def test_nodes_out_of_the_question_count_as_if_they_were_looked_at(directed, k):
+    """Whoever cannot be one of k is left out before ranks are compared: every gap is as with all nodes."""
+    P = scale_free(400, directed)
+    query = topk._Query(P, 57, k, 0.85, 1e-6, topk._measure(P), np.inf)
+    for threshold in (1e-2, 1e-3, 1e-4):
+        query.region.grow(threshold)
+        while not query._at_hand().closed:
+            query.region.open_border()
+        region, scales = query.region, query._known()
+        x, r = region.x, region.residual
+        # Wide intervals as well as narrow ones, and lopsided.
+        for factor in (0.01, 0.3, 1.0, 5.0):
+            below, above = query._reach(r, scales, None)
+            reach = topk.Reach(tuple(factor * part for part in below), above)
+            few = query._first(x, r, scales, reach, None)
+            bounds = query._interval(x, r, scales, reach, None, np.arange(len(x)))
+            every = topk._ranked(*bounds, region.nodes, k, 0.0)
+            for name in ("lower", "upper", "certified", "gap"):
+                assert np.array_equal(getattr(few, name), getattr(every, name))
 
 
 def test_every_node_is_listed_once():
