@@ -21,16 +21,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import float32, float64, njit, uint8, uint64
+from numba import float32, njit, uint8, uint64
 
 from graphdiff.solvers.push import EDGES, PART, Array, Columns
-from graphdiff.solvers.sweeps import ordered
+from graphdiff.solvers.sweeps import load, ordered, store, wide, zeros
 
 TOUCHED, OPENED, QUEUED = uint8(1), uint8(2), uint8(4)
 # How a stage of pushing ends.
 SETTLED, LIMITED, SLOW, WHOLE = range(4)
 # In units of this times the largest residual float32 has no numbers too small for it.
 UNIT = 2.0**-60
+# So many numbers are worked on at once where each is for itself.
+LANES = 16
 
 
 class Halves(NamedTuple):
@@ -194,17 +196,21 @@ class Local:
         found, columns, count = self._halves, self._columns, len(self.nodes)
         diagonal = 1 - self.mu * found.loop
         scales = (self.mu / diagonal).astype(np.float32), diagonal, found.root
-        vectors, numbers = tuple(np.zeros((6, count), np.float32)), np.zeros(2)
+        # Seven vectors, to whole blocks.
+        rows = tuple(np.zeros((7, -(-count // LANES), LANES), np.float32))
+        vectors = tuple(row.reshape(-1)[:count] for row in rows[:6])
+        rows[6].reshape(-1)[:count] = diagonal
+        numbers = np.zeros(2)
         x, residual, edges = self.x.copy(), self.residual.copy(), len(found.lower[1]) + len(found.upper[1])
         before = least = left = float(np.abs(residual).sum())
         if before == 0:
             return not self.exhausted
         unit = UNIT * float(np.max(np.abs(residual) / found.root))
         entered(found.lower, scales, unit, residual, vectors[1])
-        waited, most = 0, look(x, residual)
+        waited, most, halves = 0, look(x, residual), (found.lower, found.upper)
         while most > 0 and waited < self._patience and not self.exhausted:
             most = math.ceil(min(most, self._patience, 1 + (self.max_work - self.work) / max(edges, 1)))
-            steps = stepped(found.lower, found.upper, scales, vectors, numbers, most)
+            steps = stepped(*halves, scales[0], vectors, rows, numbers, most, (0,) * LANES)
             # A look multiplies by one triangle.
             self._counts[3:] += steps, steps * edges + len(found.lower[1])
             looked(found.lower, self.mu, scales, unit, self.x, vectors, numbers, x, residual)
@@ -431,39 +437,48 @@ def entered(lower: Any, scales: Any, unit: float, residual: Any, rho: Any) -> No
 
 
 @njit(cache=True, nogil=True)
-def stepped(lower: Any, upper: Any, scales: Any, vectors: Any, numbers: Any, most: int) -> int:
+def stepped(
+    lower: Any, upper: Any, rate: Any, vectors: Any, rows: Any, numbers: Any, most: int, lanes: Any
+) -> int:
     """So many steps of conjugate gradients, and how many there were: fewer without curvature.
 
     What a step adds to x and ρ is added at the start of the next. Numbers are its length, and ‖ρ‖² before.
+    `rows` are the vectors and ∆ once more, so many numbers side by side as there are lanes.
     """
-    x, rho, p, s, t, w = vectors
-    rate, diagonal, _ = scales
+    _, rho, _, s, _, w = vectors
+    into, residual, direction, solved, way, image, diagonal = rows
     starts, below, values = lower
     ends, above, weights = upper
-    count = uint64(len(x))
+    count, blocks, sums = uint64(len(rate)), uint64(len(into)), np.zeros((1, len(lanes)))
     for step in range(most):
-        length = float32(numbers[0])
-        s0, s1, s2, s3 = 0.0, 0.0, 0.0, 0.0
+        length, total = float32(numbers[0]), zeros(lanes)
+        for b in range(blocks):
+            t = load(way, b, lanes)
+            store(into, b, load(into, b, lanes) + t * length)
+            q = load(residual, b, lanes) - (t + load(image, b, lanes)) * length
+            store(residual, b, q)
+            total = total + wide(q * load(diagonal, b, lanes)) * wide(q)
+        store(sums, uint64(0), total)
+        square = sums.sum()
         a = count
         while a > uint64(0):
             a -= uint64(1)
-            q = rho[a] - length * (t[a] + w[a])
-            rho[a] = q
-            x[a] += length * t[a]
-            s0, s1, s2, s3 = s1, s2, s3, s0 + diagonal[a] * float64(q) * float64(q)
-            s[a] = q + rate[a] * summed(above, weights, s, ends[a], uint64(ends[a + uint64(1)]))
-        square = (s0 + s1) + (s2 + s3)
+            s[a] = rho[a] + rate[a] * summed(above, weights, s, ends[a], uint64(ends[a + uint64(1)]))
         turn = float32(square / numbers[1] if numbers[1] > 0.0 else 0.0)
-        s0, s1, s2, s3 = 0.0, 0.0, 0.0, 0.0
+        for b in range(blocks):
+            p = load(residual, b, lanes) + load(direction, b, lanes) * turn
+            t = load(solved, b, lanes) + load(way, b, lanes) * turn
+            store(direction, b, p)
+            store(way, b, t)
+            store(image, b, p - t)
         for a in range(count):
-            q = rho[a] + turn * p[a]
-            p[a] = q
-            move = s[a] + turn * t[a]
-            t[a] = move
-            rest = q - move + rate[a] * summed(below, values, w, starts[a], uint64(starts[a + uint64(1)]))
-            w[a] = rest
-            s0, s1, s2, s3 = s1, s2, s3, s0 + diagonal[a] * float64(q) * float64(rest + move)
-        curvature = (s0 + s1) + (s2 + s3)
+            w[a] += rate[a] * summed(below, values, w, starts[a], uint64(starts[a + uint64(1)]))
+        total = zeros(lanes)
+        for b in range(blocks):
+            moved = load(way, b, lanes) + load(image, b, lanes)
+            total = total + wide(load(direction, b, lanes) * load(diagonal, b, lanes)) * wide(moved)
+        store(sums, uint64(0), total)
+        curvature = sums.sum()
         # No curvature, no step: that is rounding, or weights that are not the walk's.
         numbers[0], numbers[1] = square / curvature if curvature > 0.0 else 0.0, square
         if not curvature > 0.0:
