@@ -313,6 +313,33 @@ def test_a_walk_wrongly_called_reversible_gives_no_wrong_bound(seed):
     check(gd.top_k(P, 0, 10, tol=1e-8), pagerank_of(P, 0, 0.85), 1e-8, 1e-12)
 
 
+@pytest.mark.parametrize("error", [1e-9, 1e-3, 0.1])
+@pytest.mark.parametrize("mu", [0.5, 0.85])
+def test_degrees_a_little_wrong_cost_no_more_than_time(error, mu):
+    """Near enough to be a measure, too far to make the walk self-adjoint: the residual tells."""
+    P = scale_free(400, False)
+    noise = torch.rand(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    Q = gd.SparseTransition(P.indptr, P.indices, P.values, log_degree=P.log_degree + error * noise)
+    for source in (0, 57, 399):
+        found = gd.top_k(Q, source, 30, mu, tol=1e-9)
+        check(found, pagerank_of(P, source, mu), 1e-9, 1e-13)
+        assert found.converged
+
+
+def test_one_walk_under_many_mu():
+    """What is kept of a walk fits every µ, with loops and without."""
+    i = torch.arange(400)
+    P = scale_free(400, False)
+    loops = torch.stack([i, i])[:, ::3]
+    edges = torch.cat([torch.stack([i.repeat_interleave(P.indptr.diff()), P.indices.long()]), loops], 1)
+    lazy = gd.SparseTransition.from_edge_index(edges, reversible=True, dtype=torch.float64)
+    for Q in (P, lazy):
+        for mu in (0.3, 0.99, 0.85, 0.3):
+            found = gd.top_k(Q, 57, 30, mu, tol=1e-8)
+            check(found, pagerank_of(Q, 57, mu), 1e-8, 1e-13 / (1 - mu))
+            assert found.converged
+
+
 @pytest.mark.parametrize("spread", [40.0, 400.0, 2000.0])
 def test_degrees_of_any_size(spread):
     """Weights along a path that span many orders of magnitude, up to more than numbers do."""
