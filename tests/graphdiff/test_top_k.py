@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -324,6 +325,29 @@ def test_degrees_a_little_wrong_cost_no_more_than_time(error, mu):
         found = gd.top_k(Q, source, 30, mu, tol=1e-9)
         check(found, pagerank_of(P, source, mu), 1e-9, 1e-13)
         assert found.converged
+
+
+@pytest.mark.parametrize("wrong", [np.nan, 1e30, -5.0])
+def test_what_compiled_code_spoils_is_not_used(by, wrong):
+    """Triangles that are not the walk's cost a detour: the certificate is computed without them."""
+    if by == "plain":
+        pytest.skip("compiled code alone")
+    P = scale_free(400, False)
+    topk._measure(P).halves.lower[2][::7] = wrong
+    found = gd.top_k(P, 57, 30)
+    check(found, pagerank_of(P, 57, 0.85), 1e-6, 1e-13)
+    assert found.converged
+
+
+def test_a_region_takes_over_what_is_nearer_than_nothing():
+    P = scale_free(400, False)
+    query = topk._Query(P, 57, 30, 0.85, 1e-6, topk._measure(P), np.inf)
+    ones = np.ones(400)
+    for size, kept in ((1e-6, True), (1e6, False), (np.nan, False)):
+        known = SimpleNamespace(steps=5, work=7, nodes=np.arange(400), x=ones, residual=size * ones)
+        region = query._region(known)
+        assert region.steps == 5
+        assert bool((region.x == 1).any()) is kept
 
 
 def test_one_walk_under_many_mu():
