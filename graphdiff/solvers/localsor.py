@@ -36,7 +36,7 @@ LANES = 16
 
 
 class Halves(NamedTuple):
-    """S by its triangles in float32, 8 bytes an edge, the nodes by colour and then by length of rows.
+    """S by its triangles in float32, 8 bytes an edge, the nodes in the order of `sweeps.ordered`.
 
     Attributes:
         nodes: The node at each place, [N].
@@ -60,7 +60,6 @@ class Halves(NamedTuple):
 def halved(columns: Columns, weight: Array) -> Halves:
     """The triangles of a walk, by the weights that make it self-adjoint."""
     order, root = ordered(columns.indptr, columns.indices), np.sqrt(weight)
-    order = order[np.argsort(lengths(columns.indptr, columns.indices, order), kind="stable")]
     found = triangles(columns.indptr, columns.indices, columns.values, order, root)
     return Halves(order.astype(np.int64), weight[order], root[order], *found)
 
@@ -228,32 +227,6 @@ class Local:
         # Weights that are not the walk's, or rounding.
         self.lost = not (waited < self._patience and left <= 0.5 * before)
         return not self.exhausted
-
-
-@njit(cache=True, nogil=True)
-def lengths(starts: Any, nodes: Any, order: Any) -> Any:
-    """What to sort by, first among neighbours of one colour: how long rows are in both triangles, [N].
-
-    A processor foresees where a row ends if the row before was as long.
-    """
-    count = uint64(len(order))
-    place, keys = np.empty(count, np.int64), np.empty(count, np.int64)
-    for a in range(count):
-        place[uint64(order[a])] = a
-    colour, first = 0, 0
-    for a in range(count):
-        i = uint64(order[a])
-        before, after, last = 0, 0, -1
-        for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
-            b = place[uint64(nodes[e])]
-            before += b < a
-            after += b > a
-            last = max(last, b) if b < a else last
-        # The first of a colour is a neighbour of one of the colour before.
-        if last >= first:
-            colour, first = colour + 1, int(a)
-        keys[a] = (colour * 64 + min(before, 63)) * 64 + min(after, 63)
-    return keys
 
 
 @njit(cache=True, nogil=True)
