@@ -40,7 +40,7 @@ from graphdiff.solvers.push import FALL, Array, Columns, Region
 EPS = float(np.finfo(np.float64).eps)
 # Where much is left to be done thresholds fall by this from stage to stage; ranks are looked at after each.
 FAR = 0.03
-# And by this where stages cost less than looks.
+# And by this where stages cost less than looks: over-relaxed, in compiled code.
 FAST = 0.003
 
 
@@ -331,7 +331,7 @@ class _Query:
         region, going, converged, too_wide = self.region, True, False, math.inf
         threshold = float(np.max(region.residual / region.weight))
         while going and not converged:
-            far = FAR if isinstance(region, Region) else FAST
+            far = FAR if self._scales is None or isinstance(region, Region) else FAST
             threshold *= max(far, min(FALL, 1 / too_wide))
             going = self._advance(threshold)
             region, ranks = self.region, self._ranks()
