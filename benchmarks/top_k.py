@@ -6,10 +6,10 @@ another.
 
     python benchmarks/top_k.py --data FOLDER
 
-needs nothing but graphdiff; with igraph (extra `bench`) its PRPACK is timed too. Ratios are those of medians,
-all sides in turn; the graph is built, and what bounds its errors is found, beforehand. "Our solve" is
-`pagerank` at the same tol. On walks with nodes that have no edge out igraph answers another question: its
-walks restart there.
+needs nothing but graphdiff; where numba is installed both sides are compiled, and with igraph (extra `bench`)
+its PRPACK is timed too. Ratios are those of medians, all sides in turn; the graph is built, and what bounds
+its errors is found, beforehand. "Our solve" is `pagerank` at the same tol. On walks with nodes that have no
+edge out igraph answers another question: its walks restart there.
 """
 
 import argparse

@@ -17,6 +17,7 @@ by a multiple of c_v. That is at most √(ρσ w_v), and far less where walks in
 least of the three holds.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -39,6 +40,8 @@ from graphdiff.solvers.push import FALL, Array, Columns, Region
 EPS = float(np.finfo(np.float64).eps)
 # Where much is left to be done thresholds fall by this from stage to stage; ranks are looked at after each.
 FAR = 0.03
+# And by this where stages cost less than looks: over-relaxed, in compiled code.
+FAST = 0.003
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +127,21 @@ class Measure:
         """The scales of all nodes, in the order of `Columns.whole`."""
         return None if self.scales is None else self.scales.at(self.columns.whole.order)
 
+    @cached_property
+    def weight(self) -> Array:
+        """w, or 1, of all nodes."""
+        return np.ones(len(self.columns.indptr) - 1) if self.scales is None else self.scales.weight
+
+    @cached_property
+    def halves(self) -> Any:
+        """What `Local` goes by on the whole graph."""
+        return _compiled().halved(self.columns, self.weight)
+
+    @cached_property
+    def halves_scales(self) -> Scales | None:
+        """The scales of all nodes, in the order of `halves`."""
+        return None if self.scales is None else self.scales.at(self.halves.nodes)
+
 
 class Reach(NamedTuple):
     """How far y − x − r may lie from 0: a constant, and multiples of c and w; to below and to above."""
@@ -188,7 +206,9 @@ def top_k(
     The first call for a walk looks at every edge, to find out by what errors are bounded; later calls with
     the same P do not. Kept beside P are three numbers a node and, once a query has become a solve on the
     whole graph, its edges in an order that is fast to multiply by: 12 bytes an edge (16 from 2³¹ edges on)
-    and some 44 a node.
+    and some 44 a node. Where numba is installed (extra `compiled`) a query is compiled, some times as fast;
+    then a reversible walk keeps 8 bytes an edge and some 72 a node instead, for every µ, and the first query
+    after an installation compiles for some seconds.
 
     Args:
         P: The walk, one graph, sparse, not its transpose: ``P[i, j]`` is the probability of the step i → j.
@@ -276,25 +296,45 @@ class _Query:
         # Degrees that are not the walk's bound nothing, and are no measure of what is left to push.
         bounded = mu * math.sqrt(measure.row_sum * measure.ratio) < 1
         self._scales = measure.scales if bounded else None
-        weight = 1.0 if self._scales is None else self._scales.weight
-        self.region = Region(P.T, mu, weight, nonnegative=True, max_work=max_work, columns=measure.columns)
-        self.region.start(np.array([source]), np.array([1 - mu]), np.zeros(1))
+        self._max_work = max_work
+        self.region: Any = self._local() if _fits(measure) else self._region()
         self._hidden, self._next_look = 0.0, 0.0
         # Conjugate gradients narrow intervals by 1/q = √((1 + ρ)/(1 − ρ)) a step, ρ² = 1 − µ², if anything is
         # hard about the graph, and seldom by more than q^-1.75 for long.
         root = math.sqrt(1 - mu * mu)
         self._speed = 0.875 * math.log((1 + root) / (1 - root)) if root < 1 else math.inf
 
+    def _local(self) -> Any:
+        """A region by compiled code."""
+        measure = self.measure
+        halves = None if self._scales is None else lambda: measure.halves
+        return _compiled().Local(
+            measure.columns, self.mu, self.source, measure.weight, halves, self._max_work
+        )
+
+    def _region(self, known: Any = None) -> Region:
+        """A region that starts at the source, or from what is known already."""
+        weight = 1.0 if self._scales is None else self._scales.weight
+        columns, max_work = self.measure.columns, self._max_work
+        region = Region(self.P.T, self.mu, weight, nonnegative=True, max_work=max_work, columns=columns)
+        nodes, x = np.array([self.source]), np.zeros(1)
+        if known is not None:
+            region.steps, region.work = known.steps, known.work
+            # Over-relaxed by weights that are not the walk's it may be farther off than nothing.
+            if float(np.abs(known.residual).sum()) <= 1 - self.mu:
+                nodes, x = known.nodes, known.x
+        region.start(nodes, np.where(nodes == self.source, 1 - self.mu, 0.0), x)
+        return region
+
     def run(self) -> _Ranks:
         """Push until the ranks are known or cannot be."""
         region, going, converged, too_wide = self.region, True, False, math.inf
         threshold = float(np.max(region.residual / region.weight))
         while going and not converged:
-            threshold *= max(FAR, min(FALL, 1 / too_wide))
-            going = region.whole or region.grow(threshold)
-            if region.whole:
-                going = region.settle(0.0, self._enough)
-            ranks = self._ranks()
+            far = FAR if self._scales is None or isinstance(region, Region) else FAST
+            threshold *= max(far, min(FALL, 1 / too_wide))
+            going = self._advance(threshold)
+            region, ranks = self.region, self._ranks()
             # What is left to push is less than what rounding may hide.
             going = going and float(np.abs(region.residual).sum()) > self._hidden
             converged, too_wide = bool((ranks.gap <= self.tol).all()), _too_wide(ranks, self.tol)
@@ -306,12 +346,29 @@ class _Query:
             reason = "rounding allows no more"
         return ranks._replace(converged=converged, work=region.work, reason=reason)
 
-    def _ranks(self) -> _Ranks:
-        """The ranks as they stand, and what is certain of them."""
-        region = self.region
+    def _advance(self, threshold: float) -> bool:
+        """Push on, to a threshold or, on the whole graph, until the ranks are known."""
+        region = self._at_hand()
+        going = region.whole or region.grow(threshold)
+        region = self._at_hand()
         while len(region.nodes) < self.k and not region.closed:
             # Nodes with next to nothing rank too.
             region.open_border()
+            region = self._at_hand()
+        if region.whole:
+            plain = isinstance(region, Region)
+            going = region.settle(0.0, self._enough) if plain else region.settle(self._look)
+        return bool(going)
+
+    def _at_hand(self) -> Any:
+        """The region, by other means where compiled code goes no further."""
+        if not isinstance(self.region, Region) and self.region.lost:
+            self.region = self._region(self.region)
+        return self.region
+
+    def _ranks(self) -> _Ranks:
+        """The ranks as they stand, and what is certain of them."""
+        region = self.region
         x, r, scales = region.x, region.residual, self._known()
         # Rounding of the product, of its difference from b and x, and of µ and 1 − µ.
         slack = (self.measure.terms + 8) * EPS * (2 * x + np.abs(r) + 2 * region.b)
@@ -327,14 +384,23 @@ class _Query:
 
     def _known(self) -> Scales | None:
         """The scales of the known nodes."""
-        if self._scales is None or self.region.whole:
-            return self._scales and self.measure.ordered
+        if self._scales is None:
+            return None
+        if self.region.whole:
+            plain = isinstance(self.region, Region)
+            return self.measure.ordered if plain else self.measure.halves_scales
         return self._scales.at(self.region.nodes)
 
     def _enough(self, x: Array, r: Array) -> bool:
         """Whether the ranks are known, from the x and r of a solver at work on the whole graph."""
         if self.region.steps < self._next_look:
             return False
+        wait = self._look(x, r)
+        self._next_look = self.region.steps + wait
+        return wait == 0
+
+    def _look(self, x: Array, r: Array) -> int:
+        """How many steps it takes at least until the ranks are known, from x and r on the whole graph."""
         scales, tol = self._known(), 0.9 * self.tol
         reach = self._reach(r, scales, None)
         # Cheap, and what the largest alone do not fulfil all do not.
@@ -343,9 +409,8 @@ class _Query:
         if float(ranks.gap.max()) <= tol:
             ranks = self._first(x, r, scales, reach, None)
             if float(ranks.gap.max()) <= tol:
-                return True
-        self._next_look = self.region.steps + math.log(_too_wide(ranks, tol)) / self._speed
-        return False
+                return 0
+        return max(1, math.ceil(math.log(_too_wide(ranks, tol)) / self._speed))
 
     def _reach(self, r: Array, scales: Scales | None, slack: Array | None) -> Reach:
         """Bounds of µPᵀe from a residual in which rounding may hide `slack`."""
@@ -382,14 +447,13 @@ class _Query:
             upper += slack
         few = _largest_places(x + r, self.k)
         lower, _ = self._interval(x, r, scales, reach, slack, few)
-        # No node without more than this is one of k: the least of k nodes has it for certain.
+        # No node without more than this is one of k: the least of k nodes has it for certain. Nor does any
+        # such node count beside these: each of the k is either ranked, with more, or itself left over.
         least = (1 - 1e-9) * float(lower.min()) if len(few) == self.k else 0.0
-        places = np.flatnonzero(upper >= least)
-        beyond = least if len(places) < len(upper) else 0.0
+        places, beyond = np.flatnonzero(upper >= least), 0.0
         if not region.closed:
             most = (1.0, *scales.most) if scales is not None else (1.0, 0.0, 0.0)
-            unseen = min(a * b for a, b in zip(reach.above, most, strict=True) if a < math.inf or b > 0)
-            beyond = max(beyond, unseen)
+            beyond = min(a * b for a, b in zip(reach.above, most, strict=True) if a < math.inf or b > 0)
         bounds = self._interval(x, r, scales, reach, slack, places)
         return _ranked(*bounds, region.nodes[places], self.k, beyond)
 
@@ -429,7 +493,11 @@ def _largest_places(values: Array, count: int) -> Array:
         # Enough of them are above what is large among one in sixteen.
         part = values[::16]
         bar = np.partition(part, len(part) - count // 8 - 32)[len(part) - count // 8 - 32]
-        above = np.flatnonzero(values >= bar)
+        above = np.flatnonzero(values > bar)
+        if len(above) < count:
+            # Of equals any will do, and there may be many.
+            equal = np.flatnonzero(values == bar)
+            above = np.append(above, equal[: count - len(above)])
         places = above if len(above) >= count else places
     if len(places) <= count:
         return places
@@ -485,6 +553,22 @@ def _reached(P: Transition, source: int) -> Array:
 
     found: Array = breadth_first_order(P.to_scipy(), source, return_predecessors=False)
     return np.sort(found.astype(np.int64))
+
+
+@functools.cache
+def _compiled() -> Any:
+    """The compiled push, or None where numba is not installed."""
+    try:
+        from graphdiff.solvers import localsor
+    except ImportError:
+        return None
+    return localsor
+
+
+def _fits(measure: Measure) -> bool:
+    """Whether compiled code is there, and counts as far as there are edges."""
+    size = max(len(measure.columns.indptr), len(measure.columns.indices))
+    return size < 2**32 and _compiled() is not None
 
 
 def _check_walk(P: Transition) -> None:

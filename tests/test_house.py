@@ -42,6 +42,7 @@ FLOORS = {
             "solvers.multigrid",
             "solvers.bicgstab",
             "solvers.push",
+            "solvers.localsor",
             "solvers.auto",
             "solvers.shifted",
             "solvers",

@@ -1,7 +1,9 @@
 """The first ranks by push, and `solvers.Push`: bounds, ranks, locality and refusals."""
 
+import importlib.util
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graphdiff as gd
+from graphdiff import topk
 from graphdiff.topk import _largest_places
 from tests.graphdiff.zoo import oracle, problems, to_the_last_digit
 
@@ -24,6 +27,18 @@ SPARSE = (
 )
 EDGES = torch.tensor([[0, 0, 1, 2, 3], [1, 2, 2, 0, 4]])
 DIRECTED = gd.SparseTransition.from_edge_index(EDGES, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module", params=["compiled", "plain"], autouse=True)
+def by(request):
+    """Everything by compiled code, and as it is where numba is not installed."""
+    patch = pytest.MonkeyPatch()
+    if request.param == "plain":
+        patch.setattr(topk, "_compiled", lambda: None)
+    elif importlib.util.find_spec("numba") is None:
+        pytest.skip("numba is not installed")
+    yield request.param
+    patch.undo()
 
 
 def ring(nodes, **options):
@@ -216,6 +231,29 @@ def test_nodes_never_seen_may_be_larger_than_those_that_are():
             check(gd.top_k(P, 0, k, tol=tol), exact, tol, 1e-13)
 
 
+@pytest.mark.parametrize("directed", [False, True])
+@pytest.mark.parametrize("k", [1, 10, 60])
+def test_nodes_out_of_the_question_count_as_if_they_were_looked_at(directed, k):
+    """Whoever cannot be one of k is left out before ranks are compared: every gap is as with all nodes."""
+    P = scale_free(400, directed)
+    query = topk._Query(P, 57, k, 0.85, 1e-6, topk._measure(P), np.inf)
+    for threshold in (1e-2, 1e-3, 1e-4):
+        query.region.grow(threshold)
+        while not query._at_hand().closed:
+            query.region.open_border()
+        region, scales = query.region, query._known()
+        x, r = region.x, region.residual
+        # Wide intervals as well as narrow ones, and lopsided.
+        for factor in (0.01, 0.3, 1.0, 5.0):
+            below, above = query._reach(r, scales, None)
+            reach = topk.Reach(tuple(factor * part for part in below), above)
+            few = query._first(x, r, scales, reach, None)
+            bounds = query._interval(x, r, scales, reach, None, np.arange(len(x)))
+            every = topk._ranked(*bounds, region.nodes, k, 0.0)
+            for name in ("lower", "upper", "certified", "gap"):
+                assert np.array_equal(getattr(few, name), getattr(every, name))
+
+
 def test_every_node_is_listed_once():
     """Many nodes opened at once have neighbours in common."""
     P = square_grid(30)
@@ -274,6 +312,56 @@ def test_a_walk_wrongly_called_reversible_gives_no_wrong_bound(seed):
         P.indptr, P.indices, P.values, log_degree=9 * torch.rand(40, generator=g).double()
     )
     check(gd.top_k(P, 0, 10, tol=1e-8), pagerank_of(P, 0, 0.85), 1e-8, 1e-12)
+
+
+@pytest.mark.parametrize("error", [1e-9, 1e-3, 0.1])
+@pytest.mark.parametrize("mu", [0.5, 0.85])
+def test_degrees_a_little_wrong_cost_no_more_than_time(error, mu):
+    """Near enough to be a measure, too far to make the walk self-adjoint: the residual tells."""
+    P = scale_free(400, False)
+    noise = torch.rand(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    Q = gd.SparseTransition(P.indptr, P.indices, P.values, log_degree=P.log_degree + error * noise)
+    for source in (0, 57, 399):
+        found = gd.top_k(Q, source, 30, mu, tol=1e-9)
+        check(found, pagerank_of(P, source, mu), 1e-9, 1e-13)
+        assert found.converged
+
+
+@pytest.mark.parametrize("wrong", [np.nan, 1e30, -5.0])
+def test_what_compiled_code_spoils_is_not_used(by, wrong):
+    """Triangles that are not the walk's cost a detour: the certificate is computed without them."""
+    if by == "plain":
+        pytest.skip("compiled code alone")
+    P = scale_free(400, False)
+    topk._measure(P).halves.lower[2][::7] = wrong
+    found = gd.top_k(P, 57, 30)
+    check(found, pagerank_of(P, 57, 0.85), 1e-6, 1e-13)
+    assert found.converged
+
+
+def test_a_region_takes_over_what_is_nearer_than_nothing():
+    P = scale_free(400, False)
+    query = topk._Query(P, 57, 30, 0.85, 1e-6, topk._measure(P), np.inf)
+    ones = np.ones(400)
+    for size, kept in ((1e-6, True), (1e6, False), (np.nan, False)):
+        known = SimpleNamespace(steps=5, work=7, nodes=np.arange(400), x=ones, residual=size * ones)
+        region = query._region(known)
+        assert region.steps == 5
+        assert bool((region.x == 1).any()) is kept
+
+
+def test_one_walk_under_many_mu():
+    """What is kept of a walk fits every µ, with loops and without."""
+    i = torch.arange(400)
+    P = scale_free(400, False)
+    loops = torch.stack([i, i])[:, ::3]
+    edges = torch.cat([torch.stack([i.repeat_interleave(P.indptr.diff()), P.indices.long()]), loops], 1)
+    lazy = gd.SparseTransition.from_edge_index(edges, reversible=True, dtype=torch.float64)
+    for Q in (P, lazy):
+        for mu in (0.3, 0.99, 0.85, 0.3):
+            found = gd.top_k(Q, 57, 30, mu, tol=1e-8)
+            check(found, pagerank_of(Q, 57, mu), 1e-8, 1e-13 / (1 - mu))
+            assert found.converged
 
 
 @pytest.mark.parametrize("spread", [40.0, 400.0, 2000.0])
