@@ -338,6 +338,13 @@ def test_symmetry_is_that_of_the_dense_matrix(nodes, edges):
         W[i % nodes, j % nodes] = 3 - w
 
 
+def test_the_last_edge_of_a_row_has_no_mirror_image_in_the_next_row():
+    W = torch.zeros(4, 4)
+    W[0, 2] = W[2, 0] = W[1, 3] = W[3, 1] = W[1, 2] = 1.0
+    assert not gd.SparseTransition.from_scipy(sp.csr_array(W.numpy())).reversible
+    assert gd.SparseTransition.from_scipy(sp.csr_array((W + W.T).numpy())).reversible
+
+
 def test_an_order_to_sweep_in_is_found_once_for_all_walks_along_the_same_edges():
     pytest.importorskip("numba")
     path = from_edges(torch.tensor([[0, 1, 2], [1, 2, 3]]), undirected=True)
