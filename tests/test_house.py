@@ -17,6 +17,7 @@ FLOORS = {
     "graphdiff": [
         ["checks", "solution"],
         [
+            "operators.rows",
             "operators.base",
             "operators.dense",
             "operators.held",

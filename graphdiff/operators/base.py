@@ -167,6 +167,18 @@ class Transition(ABC):
         """P as a `scipy.sparse.csr_array`, where the operator is sparse."""
         raise TypeError(f"to_scipy: {self} is not sparse; use dense()")
 
+    def sweep_order(self) -> tuple[Any, bool]:
+        """A sparse operator's nodes in an order to sweep them in, uint32 [N], and whether one has a loop.
+
+        Raises:
+            ImportError: numba is not installed.
+        """
+        from graphdiff.operators import rows
+
+        P = self.to_scipy()
+        order, looped = rows.ordered(P.indptr, P.indices)
+        return order, bool(looped)
+
     def restarting_at(self, distribution: Tensor) -> "Transition":
         """The walk whose open ends jump to the distribution, [..., N], where `restarts`."""
         raise TypeError(f"restarting_at: {self} has no open ends")

@@ -28,6 +28,9 @@ from graphdiff.operators.neighbours import nearest_pairs
 
 Dangling = Literal["self", "uniform", "restart", "error"] | Tensor
 
+# No sum or square of weights between these overflows or vanishes.
+ORDINARY = 1e-15, 1e15
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SparseTransition(Transition):
@@ -236,6 +239,10 @@ class SparseTransition(Transition):
         weights = "f4" if A.dtype == "f4" else "f8"
         own = getattr(torch, np.dtype(weights).name) if A.dtype.kind == "f" else torch.get_default_dtype()
         dtype = checks.floating_dtype(dtype, own)
+        walk = _compiled_walk(A, reversible, dtype, device)
+        if walk is not None:
+            _jump(dangling, walk.indices[:0], A.shape[0], dtype, walk.device)
+            return walk
         rows = _ordinary_rows(A, device)
         if rows is not None:
             pattern, weight = rows
@@ -624,6 +631,12 @@ class SparseTransition(Transition):
             return super().to_scipy()
         return self._edges_to_scipy()
 
+    def sweep_order(self) -> tuple[Any, bool]:
+        """As of any sparse operator; found once for all on the same edges."""
+        if self._pattern.sweep_order is None:
+            self._pattern.sweep_order = super().sweep_order()
+        return self._pattern.sweep_order
+
     def __repr__(self) -> str:
         facts = [f"{len(self.indices)} edges"]
         if self.dangling is not None:
@@ -633,6 +646,11 @@ class SparseTransition(Transition):
 
 class _Pattern:
     """What the edges without their values tell; shared by all operators on them."""
+
+    symmetric = False
+    """Whether it is known that every edge has a mirror image."""
+    sweep_order: tuple[Any, bool] | None = None
+    """That of the operators, once one was asked; four bytes a node."""
 
     def __init__(self, indptr: Tensor, indices: Tensor, dangling: Tensor | None) -> None:
         self.indptr, self.indices, self.dangling = indptr, indices, dangling
@@ -660,6 +678,8 @@ class _Pattern:
     @cached_property
     def arrivals(self) -> Tensor:
         """How many edges enter each node, [N]."""
+        if self.symmetric:
+            return self.indptr.diff()
         return torch.bincount(self.indices, minlength=len(self.indptr) - 1)
 
     @cached_property
@@ -822,20 +842,71 @@ def _walk(
     )
 
 
+@functools.cache
+def _compiled() -> Any:
+    """The compiled passes over rows, or None where numba is not installed."""
+    try:
+        from graphdiff.operators import rows
+    except ImportError:
+        return None
+    return rows
+
+
+def _in_rows(A: Any) -> bool:
+    """Whether the edges of a scipy matrix stand in sorted rows without repetitions."""
+    return (
+        A.format == "csr"
+        and bool(A.has_canonical_format)
+        and len(A.indptr) == A.shape[0] + 1
+        and 0 < A.indptr[-1] == len(A.indices) == len(A.data)
+    )
+
+
+def _compiled_walk(
+    A: Any, reversible: bool | None, dtype: torch.dtype, device: torch.device | str | None
+) -> SparseTransition | None:
+    """What `_normalised` makes of `_ordinary_rows`, to the bit, where numba is installed.
+
+    What a walk is checked for follows from how its numbers come about.
+    """
+    on_cpu = torch.device(device or "cpu").type == "cpu"
+    if not on_cpu or dtype not in (torch.float32, torch.float64) or not _in_rows(A) or _compiled() is None:
+        return None
+    nodes, edges = A.shape[0], len(A.indices)
+    number = "i4" if max(nodes, edges) < 2**31 else "i8"
+    weight, value = np.ascontiguousarray(A.data, "f8"), "f4" if dtype == torch.float32 else "f8"
+    found = _compiled().block((nodes + 1, number), (edges, number), (edges, value), (nodes, "f8"))
+    degree = np.empty(nodes)
+    if not _compiled().normalised(A.indptr, A.indices, weight, ORDINARY, *found, degree):
+        return None
+    indptr, indices, values, sums = found
+    symmetric = reversible is None and bool(_compiled().symmetric(indptr, indices, weight))
+    log_degree = torch.from_numpy(degree).log().to(dtype) if symmetric or reversible else None
+    walk = object.__new__(SparseTransition)
+    tensors = (torch.from_numpy(x) for x in (indptr, indices, values))
+    walk.__dict__.update(zip(("indptr", "indices", "values"), tensors, strict=True))
+    walk.__dict__.update(log_degree=log_degree, dangling=None, jump=None)
+    walk.__dict__["_edge_sums"] = torch.from_numpy(sums).unsqueeze(-1)
+    walk._pattern.symmetric = symmetric
+    return walk
+
+
 def _ordinary_rows(A: Any, device: torch.device | str | None) -> tuple["_Pattern", Tensor] | None:
     """The edges of a scipy matrix with their weights, where they are sorted, summed and easy to normalise.
 
     So they are in most matrices, and then nothing is left of the work but divisions.
     """
-    if A.format != "csr" or not A.has_canonical_format or A.nnz == 0 or A.indptr[-1] != len(A.indices):
+    if not _in_rows(A):
         return None
     nodes = A.shape[0]
     weight = torch.from_numpy(A.data.astype("f8", copy=False)).to(
         device, checks.widest(torch.device(device or "cpu"))
     )
     smallest, largest = weight.aminmax()
-    # No sum or square of such weights overflows or vanishes, and no node is stuck (nan compares as false).
-    if not bool((smallest > 1e-15) & (largest < 1e15)) or not bool((np.diff(A.indptr) > 0).all()):
+    # Nor is a node stuck then (nan compares as false).
+    if not bool((smallest > ORDINARY[0]) & (largest < ORDINARY[1])) or not bool(
+        (np.diff(A.indptr) > 0).all()
+    ):
         return None
     numbers = torch.int32 if max(nodes, A.nnz) < 2**31 else torch.int64
     # Copies: what becomes of A later is no concern of the walk.
@@ -905,6 +976,9 @@ def _symmetric(pattern: "_Pattern", weight: Tensor) -> bool:
         kept = there.long().cumsum(0).to(pattern.indptr.dtype)
         starts = torch.cat([kept.new_zeros(1), kept])[pattern.indptr.long()]
         pattern, weight = _Pattern(starts, pattern.indices[there], None), weight[there]
+    if weight.device.type == "cpu" and _compiled() is not None:
+        rows = pattern.indptr.numpy(), pattern.indices.numpy(), weight.numpy()
+        return bool(_compiled().symmetric(*rows))
     if not torch.equal(pattern.indptr.diff(), pattern.arrivals.to(pattern.indptr.dtype)):
         return False
     if weight.device.type == "cpu":

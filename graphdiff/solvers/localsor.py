@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import float32, njit, uint8, uint64
 
+from graphdiff.operators.rows import ordered
 from graphdiff.solvers.push import EDGES, PART, Array, Columns
-from graphdiff.solvers.sweeps import load, ordered, store, wide, zeros
+from graphdiff.solvers.sweeps import load, store, wide, zeros
 
 TOUCHED, OPENED, QUEUED = uint8(1), uint8(2), uint8(4)
 # How a stage of pushing ends.
@@ -36,7 +37,7 @@ LANES = 16
 
 
 class Halves(NamedTuple):
-    """S by its triangles in float32, 8 bytes an edge, the nodes in the order of `sweeps.ordered`.
+    """S by its triangles in float32, 8 bytes an edge, the nodes in the order of `rows.ordered`.
 
     Attributes:
         nodes: The node at each place, [N].
@@ -59,7 +60,7 @@ class Halves(NamedTuple):
 
 def halved(columns: Columns, weight: Array) -> Halves:
     """The triangles of a walk, by the weights that make it self-adjoint."""
-    order, root = ordered(columns.indptr, columns.indices), np.sqrt(weight)
+    (order, _), root = ordered(columns.indptr, columns.indices), np.sqrt(weight)
     found = triangles(columns.indptr, columns.indices, columns.values, order, root)
     return Halves(order.astype(np.int64), weight[order], root[order], *found)
 

@@ -108,13 +108,13 @@ class SSOR(Solver):
         log_weight = log_degree - log_degree.amax(-2, keepdim=True)
         degree = log_weight.squeeze(-1).double().clamp(min=LEAST).exp().numpy()
         P = operator.to_scipy()
-        order = sweeps.ordered(P.indptr, P.indices)
+        order, looped = operator.sweep_order()
         triangles = []
         for m in mu.mT.reshape(-1, mu.shape[-2], 1):
             remaining = remaining_of(operator, m).double().expand(len(degree), 1)
             m = m.double().expand(len(degree), 1)
             numbers = (np.ascontiguousarray(x.squeeze(-1).numpy()) for x in (m, remaining))
-            split = sweeps.split(P.indptr, P.indices, P.data, order, degree, *numbers)
+            split = sweeps.split(P.indptr, P.indices, P.data, order, looped, degree, *numbers)
             triangles.append(Triangles(order, *split))
         return Swept(operator, mu, log_weight, triangles, {})
 

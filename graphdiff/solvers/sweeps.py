@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types, uint64
+from numba import int64, njit, types, uint64
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic, models, overload, register_model
 
-# Colours counted apart; nodes beyond them share the last, which costs speed and no more.
-COLOURS = 256
+from graphdiff.operators.rows import block
+
+# So many rows ahead a row is asked for: rows in the order lie anywhere in memory.
+SOON = 12
 # How much of a start's slowest mode may be rounding.
 ROUNDING = 1e-5
 
@@ -157,111 +159,116 @@ _defined(operator.add, "fadd")
 _defined(operator.sub, "fsub")
 _defined(operator.mul, "fmul")
 
-# --- the order of the nodes
+# --- the triangles
 
 
-@njit(cache=True, nogil=True)
-def _sorted(order: Any, key: Any, keys: int) -> Any:
-    """The nodes of an order by their keys below `keys`, those of one key in the order they stand in."""
-    place, found = np.zeros(keys + 1, np.int64), np.empty(len(order), np.uint32)
-    for a in range(uint64(len(order))):
-        place[uint64(key[uint64(order[a])]) + uint64(1)] += 1
-    place = np.cumsum(place)
-    for a in range(uint64(len(order))):
-        k = uint64(key[uint64(order[a])])
-        found[uint64(place[k])] = order[a]
-        place[k] += 1
-    return found
+@intrinsic
+def ahead(typing: Any, x: Any, place: Any) -> Any:
+    """Ask for the line of x where a number stands that is read soon."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        data = context.make_array(x)(context, builder, args[0]).data
+        line = builder.bitcast(builder.gep(data, [args[1]]), byte)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        to_read, into_all_caches, of_data = number(0), number(3), number(1)
+        called = get_or_insert_function(builder.module, kind, "llvm.prefetch")
+        builder.call(called, [line, to_read, into_all_caches, of_data])
+        return context.get_dummy_value()
+
+    return types.none(x, place), code
 
 
-@njit(cache=True, nogil=True)
-def ordered(starts: Any, nodes: Any) -> Any:
-    """Nodes by colour, within one the largest degrees first, of these those with most edges back, uint32 [N].
-
-    Few neighbours share a colour, so a sweep seldom waits for the row before; rows of one length in both
-    triangles follow each other, so that its branches are foreseen, which is worth up to half of its time; and
-    the hubs, which all others read, lie together.
-    """
-    count, none = uint64(len(starts) - 1), uint64(COLOURS)
-    # How much shorter than the longest row.
-    longest, shorter = uint64(0), np.empty(count, np.uint32)
-    for i in range(count):
-        longest = max(longest, uint64(starts[i + uint64(1)]) - uint64(starts[i]))
-    for i in range(count):
-        shorter[i] = longest - (uint64(starts[i + uint64(1)]) - uint64(starts[i]))
-    natural = np.arange(len(shorter)).astype(np.uint32)
-
-    colour = np.full(count, none, np.uint16)
-    taken = np.full(COLOURS + 1, count, np.uint64)
-    for i in _sorted(natural, shorter, longest + 1):
-        for e in range(uint64(starts[uint64(i)]), uint64(starts[uint64(i) + uint64(1)])):
-            taken[uint64(colour[uint64(nodes[e])])] = i
-        found = uint64(0)
-        while found < none - uint64(1) and taken[found] == i:
-            found += uint64(1)
-        colour[uint64(i)] = found
-
-    ahead = np.zeros(count, np.uint32)
-    for i in range(count):
-        for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
-            ahead[i] += colour[uint64(nodes[e])] >= colour[i]
-    order = _sorted(_sorted(natural, ahead, longest + 1), shorter, longest + 1)
-    return _sorted(order, colour, COLOURS)
-
-
-@njit(cache=True, nogil=True)
-def split(starts: Any, nodes: Any, values: Any, order: Any, degree: Any, mu: Any, remaining: Any) -> Any:
+def split(
+    starts: Any, nodes: Any, values: Any, order: Any, looped: bool, degree: Any, mu: Any, remaining: Any
+) -> Any:
     """L and Lᵀ by rows; what scales to the symmetric system and back, [N] each in the order; and a bound.
 
-    Of P with weights d, ω = d(1 − µP_ii)/µ scales D(M⁻¹ − P) to I − L − Lᵀ. Returned beside the triangles are
-    √ω, 1/√ω, √ω/d, d/√ω, 1/(µ√ω), d/(µ√ω), the image of the slowest mode √ω, weights, and the bound: with
-    ρ = (I − L)⁻¹ times the residual in the symmetric system, a row of the true one divided by `remaining`,
-    1 − µ·rowsum, is at most that bound times max |ρ|/√ω; and in the transposed system its 1-norm is at most
-    Σ |ρ| times the weights. Nodes where µ = 0 belong to neither triangle.
+    Of P with weights d, ω = d(1 − µP_ii)/µ scales D(M⁻¹ − P) to I − L − Lᵀ; `looped` says whether any P_ii
+    may not be 0. Returned beside the triangles are √ω, 1/√ω, √ω/d, d/√ω, 1/(µ√ω), d/(µ√ω), the image of the
+    slowest mode √ω, weights, and the bound: with ρ = (I − L)⁻¹ times the residual in the symmetric system, a
+    row of the true one divided by `remaining`, 1 − µ·rowsum, is at most that bound times max |ρ|/√ω; and in
+    the transposed system its 1-norm is at most Σ |ρ| times the weights. Nodes where µ = 0 belong to neither
+    triangle.
     """
-    count, edges = uint64(len(order)), len(nodes)
-    rank, loop = np.empty(count, np.uint32), np.zeros(count, np.float64)
-    for a in range(count):
-        rank[uint64(order[a])] = a
+    count, edges = len(order), len(nodes)
+    ends, numbers = (2 * count + 2, np.uint32), (2 * edges + 1, np.uint32)
+    # Where a triangle has less than all edges, the rest of its memory is never touched.
+    parts = block(ends, (8 * count, np.float64), numbers, (2 * edges + 1, values.dtype))
+    ends, scales, into, of = parts[0].reshape(2, -1), parts[1].reshape(8, count), *parts[2:]
+    first, second, bound = _split(
+        starts, nodes, values, order, looped, degree, mu, remaining, ends, scales, into, of
+    )
+    lower = ends[0], into[:first], of[:first]
+    return lower, (ends[1], into[edges:second], of[edges:second]), scales, bound
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _split(
+    starts: Any,
+    nodes: Any,
+    values: Any,
+    order: Any,
+    looped: bool,
+    degree: Any,
+    mu: Any,
+    remaining: Any,
+    ends: Any,
+    scales: Any,
+    into: Any,
+    of: Any,
+) -> Any:
+    """Where the edges of L and of Lᵀ end in `into` and `of`, and the bound."""
+    count, one = uint64(len(order)), uint64(1)
+    loop, alike = np.zeros(count, np.float64), True
     for i in range(count):
-        for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
-            if uint64(nodes[e]) == i:
-                loop[i] += values[e]
-    inverse = np.empty(count, np.float64)
-    for i in range(count):
-        inverse[i] = np.sqrt(mu[i] / (degree[i] * (1 - mu[i] * loop[i])))
-    below, above = np.zeros(count + uint64(1), np.uint32), np.zeros(count + uint64(1), np.uint32)
-    into_below, into_above = np.empty(edges, np.uint32), np.empty(edges, np.uint32)
-    of_below, of_above = np.empty(edges, values.dtype), np.empty(edges, values.dtype)
-    scales = np.zeros((8, count), np.float64)
-    first, second, bound = uint64(0), uint64(0), 0.0
+        alike = alike and mu[i] == mu[0]
+        if looped:
+            for e in range(uint64(starts[i]), uint64(starts[i + one])):
+                if uint64(nodes[e]) == i:
+                    loop[i] += values[e]
+    # What is read of a neighbour stands in one line: 1/√ω and its place, which float64 holds exactly.
+    neighbour = np.empty((count, uint64(2)), np.float64)
     for a in range(count):
         i = uint64(order[a])
-        scale, before, after = degree[i] * inverse[i], 0.0, 0.0
-        for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
+        neighbour[i, 0], neighbour[i, 1] = np.sqrt(mu[i] / (degree[i] * (1 - mu[i] * loop[i]))), a
+    first, second = uint64(0), uint64(len(nodes))
+    ends[0, 0] = ends[1, 0] = 0
+    for a in range(count):
+        if a + SOON < count:
+            soon = uint64(starts[uint64(order[a + SOON])])
+            ahead(nodes, soon)
+            ahead(values, soon)
+        i = uint64(order[a])
+        inverse, before, after = neighbour[i, 0], 0.0, 0.0
+        scale = degree[i] * inverse
+        for e in range(uint64(starts[i]), uint64(starts[i + one])):
             j = uint64(nodes[e])
-            x = scale * values[e] * inverse[j]
-            if j == i or x == 0.0:
+            x = scale * values[e] * neighbour[j, 0]
+            b = uint64(int64(neighbour[j, 1]))
+            if b == a or x == 0.0:
                 continue
-            b = uint64(rank[j])
-            if b < a:
-                into_below[first], of_below[first] = b, x
-                first += uint64(1)
-                before += values[e]
-            else:
-                into_above[second], of_above[second] = b, x
-                second += uint64(1)
-                after += mu[j] * values[e]
-        below[a + uint64(1)], above[a + uint64(1)] = first, second
-        if mu[i] > 0:
-            root = 1 / inverse[i]
-            scales[0, a], scales[1, a], scales[2, a], scales[3, a] = root, inverse[i], 1 / scale, scale
-            scales[4, a], scales[5, a] = inverse[i] / mu[i], scale / mu[i]
-            scales[6, a] = scales[5, a] * remaining[i]
-            scales[7, a] = mu[i] * root + scale * after
-            bound = max(bound, (1 - mu[i] * (loop[i] - before)) / remaining[i])
-    lower = below, into_below[:first], of_below[:first]
-    return lower, (above, into_above[:second], of_above[:second]), scales, bound
+            # Which triangle is a matter of chance, so no branch: half of them would be foreseen wrongly.
+            earlier = uint64(b < a)
+            place = first if earlier else second
+            into[place], of[place] = b, x
+            first, second, share = first + earlier, second + (one - earlier), float(earlier)
+            before += share * values[e]
+            after += (1 - share) * ((mu[i] if alike else mu[j]) * values[e])
+        ends[0, a + one], ends[1, a + one] = first, second - uint64(len(nodes))
+        scales[0, a], scales[1, a], scales[3, a] = mu[i], inverse, scale
+        scales[5, a], scales[6, a], scales[7, a] = remaining[i], 1 - mu[i] * (loop[i] - before), after
+    bound = 0.0
+    # The quotients by themselves, several at a time.
+    for a in range(count):
+        m, inverse, scale, rest = scales[0, a], scales[1, a], scales[3, a], scales[5, a]
+        there, root, weighted = m > 0, 1 / inverse, scale / m
+        bound = max(bound, scales[6, a] / rest if there else 0.0)
+        scales[0, a], scales[2, a] = root if there else 0.0, 1 / scale if there else 0.0
+        scales[4, a], scales[5, a] = inverse / m if there else 0.0, weighted if there else 0.0
+        scales[6, a] = weighted * rest if there else 0.0
+        scales[7, a] = m * root + scale * scales[7, a] if there else 0.0
+    return first, second, bound
 
 
 # --- a block of signals

@@ -1,5 +1,8 @@
 """Walks given by their edges, by an image or by a product: every constructor against the dense matrix."""
 
+import sys
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -242,6 +245,117 @@ def test_rows_that_are_ready_make_the_walk_that_loose_edges_make(A, dangling):
         torch.testing.assert_close(P.dense(), loose.dense(), rtol=1e-14, atol=0)
         if P.reversible:
             torch.testing.assert_close(P.log_degree, loose.log_degree, rtol=1e-14, atol=1e-14)
+
+
+def without_numba(make):
+    """What is made where the compiled code cannot be imported."""
+    sparse_module._compiled.cache_clear()
+    with patch.dict(sys.modules, {"graphdiff.operators.rows": None}), pytest.MonkeyPatch.context() as patched:
+        patched.delattr(gd.operators, "rows", raising=False)
+        assert sparse_module._compiled() is None
+        made = make()
+    sparse_module._compiled.cache_clear()
+    return made
+
+
+@st.composite
+def rows_of_numbers(draw):
+    """Most ready to be a walk: few nodes, some with loops, symmetric or nearly so."""
+    nodes = draw(st.integers(1, 7))
+    number = st.integers(0, nodes - 1)
+    weight = st.sampled_from([1.0, 1.0, 0.1, 0.3, 7.0, 1e-9, 1e14, 0.0, 1e-15, 1e15])
+    edges = draw(st.lists(st.tuples(number, number, weight), max_size=25))
+    W = np.zeros((nodes, nodes))
+    for i, j, w in edges:
+        W[i, j] = w
+    if draw(st.booleans()):
+        W = np.maximum(W, W.T)
+    W[~W.any(1), ~W.any(1)] = 1.0 if draw(st.booleans()) else 0.0
+    A = sp.csr_array(W)
+    if A.nnz and draw(st.booleans()):
+        A.data[draw(st.integers(0, A.nnz - 1))] = draw(st.sampled_from([0.0, 0.1 + 2**-56, 2.0]))
+    A = A.astype(draw(st.sampled_from(["f8", "f8", "f4", "i8", "?"])))
+    integers = draw(st.sampled_from(["i4", "i8"]))
+    A.indptr, A.indices = A.indptr.astype(integers), A.indices.astype(integers)
+    return A
+
+
+@settings(max_examples=300)
+@given(
+    rows_of_numbers(),
+    st.sampled_from([None, torch.float16, torch.float32, torch.float64]),
+    st.sampled_from([None, None, True, False]),
+)
+def test_walks_have_the_same_bits_with_numba_and_without(A, dtype, reversible):
+    pytest.importorskip("numba")
+
+    def make():
+        return gd.SparseTransition.from_scipy(A, dtype=dtype, reversible=reversible)
+
+    P, plain = make(), without_numba(make)
+    for name in ("indptr", "indices", "values", "log_degree", "row_sums"):
+        found, expected = getattr(P, name), getattr(plain, name)
+        assert (found is None) == (expected is None), name
+        if found is not None:
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, expected), name
+    assert P.rounding(P.dtype) == plain.rounding(P.dtype)
+    if reversible is None:
+        W = torch.from_numpy(A.astype("f8").toarray())
+        stuck = W.sum(1) == 0
+        W[stuck, stuck] = 1.0
+        assert P.reversible == torch.equal(W, W.T)
+    assert repr(P) == repr(plain)
+    gd.SparseTransition(P.indptr, P.indices, P.values)  # every check that was left out
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
+def test_weights_that_are_none_are_refused_with_numba_and_without(value):
+    A = sp.csr_array(np.eye(3))
+    A.data[1] = value
+    for make in (
+        gd.SparseTransition.from_scipy,
+        lambda A: without_numba(lambda: gd.SparseTransition.from_scipy(A)),
+    ):
+        with pytest.raises(ValueError, match=r"A: expected (finite )?values"):
+            make(A)
+
+
+@given(st.integers(1, 6), st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.sampled_from([1, 2]))))
+def test_symmetry_is_that_of_the_dense_matrix(nodes, edges):
+    """Of rows in any order as well: whoever broke them is not told that they mirror each other."""
+    rows = pytest.importorskip("graphdiff.operators.rows")
+    W = np.zeros((nodes, nodes))
+    for i, j, w in edges:
+        W[i % nodes, j % nodes] = W[j % nodes, i % nodes] = w
+    for i, j, w in [*edges[:1], (0, 0, 0)]:
+        A = sp.csr_array(W)
+        assert rows.symmetric(A.indptr, A.indices, A.data) == np.array_equal(W, W.T)
+        turned = A.indptr, A.indices[::-1].copy(), A.data[::-1].copy()
+        if rows.symmetric(*turned):
+            dense = sp.csr_array((turned[2], turned[1], turned[0]), A.shape).toarray()
+            assert np.array_equal(dense, dense.T)
+        W[i % nodes, j % nodes] = 3 - w
+
+
+def test_the_last_edge_of_a_row_has_no_mirror_image_in_the_next_row():
+    W = torch.zeros(4, 4)
+    W[0, 2] = W[2, 0] = W[1, 3] = W[3, 1] = W[1, 2] = 1.0
+    assert not gd.SparseTransition.from_scipy(sp.csr_array(W.numpy())).reversible
+    assert gd.SparseTransition.from_scipy(sp.csr_array((W + W.T).numpy())).reversible
+
+
+def test_an_order_to_sweep_in_is_found_once_for_all_walks_along_the_same_edges():
+    pytest.importorskip("numba")
+    path = from_edges(torch.tensor([[0, 1, 2], [1, 2, 3]]), undirected=True)
+    order, looped = path.sweep_order()
+    assert sorted(order.tolist()) == [0, 1, 2, 3]
+    assert not looped
+    assert path.to(torch.float64).sweep_order()[0] is order
+    assert from_edges(torch.tensor([[0, 1, 2], [1, 2, 2]]), undirected=True).sweep_order()[1]
+    # Of two colours: the neighbours of each half are in the other.
+    half = torch.isin(torch.arange(4), torch.from_numpy(order[:2].astype("i8")))
+    assert not path.dense()[half][:, half].any()
 
 
 def test_what_becomes_of_a_matrix_later_is_no_concern_of_its_walk():
