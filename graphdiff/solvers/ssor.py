@@ -190,15 +190,15 @@ class _Block:
         nodes, line = len(found.order), LINE // dtype.itemsize
         self.width = line if channels >= line or (channels > 1 and nodes <= MANY) else 1
         self.most = max(1, BURST // (self.width * (len(found.lower[1]) + len(found.upper[1]) + nodes)))
-        root, inverse, root_degree, weighted, inverse_mu, weighted_mu, image, weights = found.scales
+        root, inverse, root_degree, weighted, inverse_mu, weighted_mu, weights = found.scales
         self.summed = operator.stochastic == "columns"
         remaining = remaining_of(operator, mu)
         remaining = remaining.expand(*mu.shape[:-2], remaining.shape[-2], mu.shape[-1]).amin(-2).reshape(-1)
         if self.summed:
-            self.scales, self.out, self.weights = (inverse_mu, root_degree, root, image), weighted, weights
+            self.scales, self.out, self.weights = (inverse_mu, root_degree), weighted, weights
             self.factor = 1 / float(remaining[number])
         else:
-            self.scales, self.out, self.weights = (weighted_mu, root, root, image), inverse, inverse
+            self.scales, self.out, self.weights = (weighted_mu, root), inverse, inverse
             self.factor = found.bound
         largest = float(mu.amax(-2).reshape(-1)[number])
         condition = 1 + largest**2 / (1 - largest)

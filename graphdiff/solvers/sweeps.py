@@ -24,8 +24,6 @@ from graphdiff.operators.rows import block
 
 # So many rows ahead a row is asked for: rows in the order lie anywhere in memory.
 SOON = 12
-# How much of a start's slowest mode may be rounding.
-ROUNDING = 1e-5
 
 # --- a type for numba: W numbers on which a processor works at once
 
@@ -185,17 +183,16 @@ def split(
     """L and Lᵀ by rows; what scales to the symmetric system and back, [N] each in the order; and a bound.
 
     Of P with weights d, ω = d(1 − µP_ii)/µ scales D(M⁻¹ − P) to I − L − Lᵀ; `looped` says whether any P_ii
-    may not be 0. Returned beside the triangles are √ω, 1/√ω, √ω/d, d/√ω, 1/(µ√ω), d/(µ√ω), the image of the
-    slowest mode √ω, weights, and the bound: with ρ = (I − L)⁻¹ times the residual in the symmetric system, a
-    row of the true one divided by `remaining`, 1 − µ·rowsum, is at most that bound times max |ρ|/√ω; and in
-    the transposed system its 1-norm is at most Σ |ρ| times the weights. Nodes where µ = 0 belong to neither
-    triangle.
+    may not be 0. Returned beside the triangles are √ω, 1/√ω, √ω/d, d/√ω, 1/(µ√ω), d/(µ√ω), weights, and the
+    bound: with ρ = (I − L)⁻¹ times the residual in the symmetric system, a row of the true one divided by
+    `remaining`, 1 − µ·rowsum, is at most that bound times max |ρ|/√ω; and in the transposed system its 1-norm
+    is at most Σ |ρ| times the weights. Nodes where µ = 0 belong to neither triangle.
     """
     count, edges = len(order), len(nodes)
     ends, numbers = (2 * count + 2, np.uint32), (2 * edges + 1, np.uint32)
     # Where a triangle has less than all edges, the rest of its memory is never touched.
-    parts = block(ends, (8 * count, np.float64), numbers, (2 * edges + 1, values.dtype))
-    ends, scales, into, of = parts[0].reshape(2, -1), parts[1].reshape(8, count), *parts[2:]
+    parts = block(ends, (7 * count, np.float64), numbers, (2 * edges + 1, values.dtype))
+    ends, scales, into, of = parts[0].reshape(2, -1), parts[1].reshape(7, count), *parts[2:]
     first, second, bound = _split(
         starts, nodes, values, order, looped, degree, mu, remaining, ends, scales, into, of
     )
@@ -257,17 +254,16 @@ def _split(
             after += (1 - share) * ((mu[i] if alike else mu[j]) * values[e])
         ends[0, a + one], ends[1, a + one] = first, second - uint64(len(nodes))
         scales[0, a], scales[1, a], scales[3, a] = mu[i], inverse, scale
-        scales[5, a], scales[6, a], scales[7, a] = remaining[i], 1 - mu[i] * (loop[i] - before), after
+        scales[4, a], scales[5, a], scales[6, a] = remaining[i], 1 - mu[i] * (loop[i] - before), after
     bound = 0.0
     # The quotients by themselves, several at a time.
     for a in range(count):
-        m, inverse, scale, rest = scales[0, a], scales[1, a], scales[3, a], scales[5, a]
-        there, root, weighted = m > 0, 1 / inverse, scale / m
-        bound = max(bound, scales[6, a] / rest if there else 0.0)
+        m, inverse, scale, rest = scales[0, a], scales[1, a], scales[3, a], scales[4, a]
+        there, root = m > 0, 1 / inverse
+        bound = max(bound, scales[5, a] / rest if there else 0.0)
         scales[0, a], scales[2, a] = root if there else 0.0, 1 / scale if there else 0.0
-        scales[4, a], scales[5, a] = inverse / m if there else 0.0, weighted if there else 0.0
-        scales[6, a] = weighted * rest if there else 0.0
-        scales[7, a] = m * root + scale * scales[7, a] if there else 0.0
+        scales[4, a], scales[5, a] = inverse / m if there else 0.0, scale / m if there else 0.0
+        scales[6, a] = m * root + scale * scales[6, a] if there else 0.0
     return first, second, bound
 
 
@@ -280,11 +276,10 @@ def entered(
 ) -> None:
     """The start as x, and r = (I − L)⁻¹ρ of its residual ρ, both divided by a signal's largest number.
 
-    `given` and `start` are [N, W]. As much of the slowest mode is added to a start as lessens its error,
-    where that is more than rounding.
+    `given` and `start` are [N, W].
     """
     order, lower, upper = triangles
-    into, back, roots, image = scales
+    into, back = scales
     most, guess = magnitude(load(given, uint64(0), lanes)), magnitude(load(start, uint64(0), lanes))
     for i in range(uint64(len(order))):
         most = larger(most, magnitude(load(given, i, lanes)))
@@ -292,7 +287,6 @@ def entered(
     found, inverse = np.empty((2, len(unit)), x.dtype), np.empty((1, len(unit)), x.dtype)
     store(found, uint64(0), most)
     store(found, uint64(1), guess)
-    guessed = found[1] != 0.0
     for k in range(uint64(len(unit))):
         unit[k] = max(found[0, k], found[1, k])
         # Whose inverse is finite.
@@ -303,8 +297,8 @@ def entered(
         i = uint64(order[a])
         store(r, a, load(given, i, lanes) * scale * x.dtype.type(into[a]))
         store(x, a, load(start, i, lanes) * scale * x.dtype.type(back[a]))
-    if guessed.any():
-        _corrected(lower, upper, roots, image, guessed, x, r, lanes)
+    if found[1].any():
+        _less(lower, upper, x, r, lanes)
     starts, numbers, values = lower
     for a in range(uint64(len(order))):
         q = load(r, a, lanes)
@@ -314,14 +308,10 @@ def entered(
 
 
 @njit(cache=True, nogil=True)
-def _corrected(
-    lower: Any, upper: Any, roots: Any, image: Any, guessed: Any, x: Any, r: Any, lanes: Any
-) -> None:
-    """r ← r − (I − L − Lᵀ)x, and the slowest mode where a start has it wrong."""
+def _less(lower: Any, upper: Any, x: Any, r: Any, lanes: Any) -> None:
+    """r ← r − (I − L − Lᵀ)x."""
     (below, into_below, of_below), (above, into_above, of_above) = lower, upper
-    s0, length, energy = zeros(lanes), 0.0, 0.0
-    s1, s2, s3, q0, q1, q2, q3 = s0, s0, s0, s0, s0, s0, s0
-    for a in range(uint64(len(roots))):
+    for a in range(uint64(len(below) - 1)):
         q = load(r, a, lanes) - load(x, a, lanes)
         # A loop over the two triangles would count references at every row.
         for e in range(uint64(below[a]), uint64(below[a + uint64(1)])):
@@ -329,23 +319,6 @@ def _corrected(
         for e in range(uint64(above[a]), uint64(above[a + uint64(1)])):
             q = q + load(x, uint64(into_above[e]), lanes) * of_above[e]
         store(r, a, q)
-        v = wide(q)
-        s0, s1, s2, s3 = s1, s2, s3, s0 + v * roots[a]
-        q0, q1, q2, q3 = q1, q2, q3, q0 + v * v
-        length += roots[a] * roots[a]
-        energy += roots[a] * image[a]
-    sums, part = np.empty((2, len(guessed))), np.zeros((1, len(guessed)), x.dtype)
-    store(sums, uint64(0), (s0 + s1) + (s2 + s3))
-    store(sums, uint64(1), (q0 + q1) + (q2 + q3))
-    for k in range(uint64(len(guessed))):
-        # No more than rounding is none: nodes that a signal does not reach stay at exactly 0.
-        if guessed[k] and energy > 0.0 and abs(sums[0, k]) > ROUNDING * np.sqrt(length * sums[1, k]):
-            part[0, k] = sums[0, k] / energy
-    if part.any():
-        c = load(part, uint64(0), lanes)
-        for a in range(uint64(len(roots))):
-            store(x, a, load(x, a, lanes) + c * x.dtype.type(roots[a]))
-            store(r, a, load(r, a, lanes) - c * x.dtype.type(image[a]))
 
 
 @njit(cache=True, nogil=True)

@@ -106,7 +106,7 @@ def test_what_bounds_the_residual_does(nodes, seed, mu, each):
     error = (rows / (1 - m[order])).abs().max()
     assert error <= found.bound * (rho.abs() * scales[1]).max() * (1 + 1e-12)
     columns = (residual * m[order] * scales[0]).abs().sum()
-    assert columns <= (rho.abs() * scales[7]).sum() * (1 + 1e-12)
+    assert columns <= (rho.abs() * scales[6]).sum() * (1 + 1e-12)
 
 
 @with_numba
@@ -204,6 +204,19 @@ def test_about_half_the_steps_of_cg_and_a_first_guess_off_by_a_constant_takes_no
         assert shifted.steps <= ours.steps + 1
         warm = gd.solve(Q, s, 0.99, tol=1e-8, solver=SSOR, initial=ours.value)
         assert warm.steps <= 2
+
+
+@with_numba
+def test_steps_are_limited_signal_by_signal():
+    P = gd.grid_transition(torch.zeros(1, 40, 40, **f64))
+    s = torch.randn(1600, 9, generator=torch.Generator().manual_seed(4), **f64)
+    s[:, 4] = 1.0
+    for asked in (5, 1):
+        sol = gd.solve(P, s, 0.99, solver=SSOR, max_steps=asked, on_failure="ignore")
+        assert sol.steps.tolist() == [0 if k == 4 else asked for k in range(9)]
+        assert sol.converged.squeeze().tolist() == [k == 4 for k in range(9)]
+        error = (sol.value - oracle(P.dense(), s, 0.99)).abs().amax(0)
+        assert (error <= sol.error_bound.squeeze() + 1e-12).all()
 
 
 @with_numba
