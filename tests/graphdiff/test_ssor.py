@@ -220,6 +220,14 @@ def test_steps_are_limited_signal_by_signal():
 
 
 @with_numba
+def test_no_line_of_signals_begins_after_the_time_is_up():
+    P = gd.grid_transition(torch.zeros(1, 40, 40, **f64))
+    s = torch.randn(1600, 17, generator=torch.Generator().manual_seed(4), **f64)
+    sol = gd.solve(P, s, 0.99, solver=SSOR, max_seconds=1e-9, on_failure="ignore")
+    assert sol.steps.tolist() == [1] * 8 + [0] * 9
+
+
+@with_numba
 def test_auto_takes_it_and_says_why_and_others_are_named_where_it_does_not_apply():
     grid = gd.grid_transition(torch.zeros(1, 20, 20, **f64))
     s = torch.randn(400, 2, generator=torch.Generator().manual_seed(4), **f64)
