@@ -1,8 +1,9 @@
 """P = softmax(scale · ψψᵀ): the walk of DifNet's features, never stored as a matrix.
 
 Behind it are three operations, on ψ [B, N, d] (√scale·ψ), weights w [B, N] of the nodes (1, or 0 at padded
-ones) and signals [B, N, K], each computed by `strips` in O(N) memory; but where the matrix is small and
-several threads share the work, it is built, and kept for the backward, for that is faster:
+ones) and signals [B, N, K], each computed in O(N) memory: on the CPU by `tiles`, compiled, where numba is
+installed, else by `strips`, in torch; but where those would be used on a CPU, the matrix is small and several
+threads share the work, it is built, and kept for the backward, for that is faster:
 
     attention             lse_i = log Σ_j w_j exp(ψ_i·ψ_j),   P_ij = w_j exp(ψ_i·ψ_j − lse_i),   value = P y
     attention_transposed  Pᵀ v
@@ -36,9 +37,10 @@ WHOLE = 2**24
 class AttentionTransition(Transition):
     """The reversible walk P[i, j] ∝ exp(scale · ψ_i·ψ_j).
 
-    Memory is O(N(d + K)) for a product with K signals, forward and backward, except on a CPU with several
-    threads where the matrix takes at most 16 MB (N = 2048 in float32), and those of a batch 32 MB: it is then
-    faster, and kept for the backward. exp(scale · ψ_i·ψ_j) is a positive semi-definite kernel, so every
+    Memory is O(N(d + K)) for a product with K signals, forward and backward, and on the CPU with numba, the
+    extra [compiled], all of it is compiled code. On a CPU without numba that has several threads, the matrix is
+    built and kept for the backward where it takes at most 16 MB (N = 2048 in float32), and those of a batch
+    32 MB, for that is faster there. exp(scale · ψ_i·ψ_j) is a positive semi-definite kernel, so every
     eigenvalue of P lies in [0, 1].
 
     Args:
@@ -252,12 +254,28 @@ def _as_alone(x: Tensor) -> Tensor:
     )
 
 
+def _kernels(psi: Tensor) -> Any:
+    """Where the products are computed that do not build the matrix."""
+    return _tiles() if psi.device.type == "cpu" and _tiles() is not None else strips
+
+
+@functools.cache
+def _tiles() -> Any:
+    """The compiled kernels, or None where numba is not installed."""
+    try:
+        from graphdiff.operators import tiles
+    except ImportError:
+        return None
+    return tiles
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _whole(psi: Tensor) -> bool:
     """Whether to build the matrix: strips have many short operations, which threads hardly make faster."""
     size = psi.shape[-2] ** 2 * psi.element_size()
     small = size <= WHOLE and len(psi) * size <= 2 * WHOLE
-    return small and psi.device.type == "cpu" and torch.get_num_threads() > 1
+    threads = psi.device.type == "cpu" and torch.get_num_threads() > 1
+    return threads and small and _kernels(psi) is strips
 
 
 def _room(psi: Tensor) -> int:
@@ -288,7 +306,7 @@ def _attention(psi: Tensor, weight: Tensor, y: Tensor, whole: bool) -> tuple[Ten
         kept[:, psi.shape[-2] ** 2 :] = 0
         value, lse = _each(strips.whole_forward, psi, weight, y, _matrices(psi, kept))
         return value, lse, kept
-    value, lse = _each(strips.forward, psi, weight, y)
+    value, lse = _each(_kernels(psi).forward, psi, weight, y)
     return value, lse, value.new_empty(len(psi), 0)
 
 
@@ -303,7 +321,7 @@ def _attention_transposed_shape(psi: Tensor, weight: Tensor, lse: Tensor, v: Ten
 def _attention_transposed(psi: Tensor, weight: Tensor, lse: Tensor, v: Tensor) -> Tensor:
     if len(psi) == 0:
         return _attention_transposed_shape(psi, weight, lse, v)
-    return _each(strips.transposed, psi, weight, lse, v)[0]
+    return _each(_kernels(psi).transposed, psi, weight, lse, v)[0]
 
 
 _attention_transposed.register_fake(_attention_transposed_shape)
@@ -339,7 +357,7 @@ def _attention_backward(
     if P.numel():
         g_psi, g_y = _each(strips.whole_backward, psi, y, value, _matrices(psi, P), g_value, g_lse)
     else:
-        g_psi, g_y = _each(strips.backward, psi, weight, y, value, lse, g_value, g_lse)
+        g_psi, g_y = _each(_kernels(psi).backward, psi, weight, y, value, lse, g_value, g_lse)
     return g_psi, g_y
 
 

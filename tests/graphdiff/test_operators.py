@@ -3,20 +3,10 @@
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import gradgradcheck
 
 import graphdiff as gd
-from graphdiff.operators import attention as attention_module
 from graphdiff.operators import held as held_module
-from graphdiff.operators import strips
-from graphdiff.operators.attention import (
-    _attention,
-    _attention_backward,
-    _attention_transposed,
-    attention,
-    attention_transposed,
-)
 from graphdiff.operators.held import HeldTransition
 from tests.graphdiff.zoo import OPERATORS, Problem, problems
 
@@ -125,142 +115,13 @@ def test_affinities_of_any_size_are_normalised():
     torch.testing.assert_close(gd.DenseTransition.from_affinity(W).P, torch.full_like(W, 0.5))
 
 
-# --- attention: value, log-sum-exp, transposed product, every gradient
-
-
 @pytest.fixture(params=[1, 2])
 def threads(request):
-    """With several threads small matrices are built."""
+    """With several threads they share the work, and without numba attention builds small matrices."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
-
-
-def dense_attention(psi, weight, y):
-    logits = psi @ psi.mT + weight.log().mT
-    P = torch.softmax(logits, -1)
-    return P @ y, logits.logsumexp(-1), P.mT @ y
-
-
-@given(
-    nodes=st.integers(1, 40),
-    d=st.integers(1, 5),
-    channels=st.integers(0, 7),
-    size=st.sampled_from([0.1, 1.0, 3.0, 12.0]),
-    rows=st.sampled_from([1, 4, 128, "whole"]),
-    hidden=st.integers(0, 5),
-)
-def test_attention_equals_the_dense_softmax_in_value_and_all_gradients(
-    nodes, d, channels, size, rows, hidden
-):
-    """Strips of every length or the whole matrix, logits ranging over thousands, nodes that do not count."""
-    weight = (torch.arange(nodes) >= min(hidden, nodes - 1)).double().unsqueeze(-1)
-    lengths = torch.rand(2, nodes, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    psi = weight * size * lengths * randn(2, nodes, d)
-    leaves = [psi.requires_grad_(), randn(2, nodes, channels, seed=5).requires_grad_()]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "get_num_threads", lambda: 2 if rows == "whole" else 1)
-        patch.setattr(strips, "ROWS", 1 if rows == "whole" else rows)
-        patch.setattr(strips, "CACHED_ELEMENTS", 0)
-
-        def found(psi, y):
-            value, lse = attention(psi, weight, y)
-            return value, lse, attention_transposed(psi, weight, lse.detach(), y)
-
-        got, expected = found(*leaves), dense_attention(leaves[0], weight, leaves[1])
-        cotangents = [randn(*out.shape, seed=6 + i) for i, out in enumerate(expected)]
-        for a, b in zip(got, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
-        scale = max(1.0, size * size)
-        g_psi, g_y = torch.autograd.grad(got, leaves, cotangents)
-        expected_psi, expected_y = torch.autograd.grad(expected, leaves, cotangents)
-        # ψ of nodes that do not count is 0 by contract, and its gradient nobody's.
-        torch.testing.assert_close(weight * g_psi, weight * expected_psi, rtol=1e-10, atol=1e-10 * scale)
-        torch.testing.assert_close(g_y, expected_y, rtol=1e-10, atol=1e-10 * scale)
-
-
-def test_attention_where_the_largest_logit_of_a_row_is_not_found_in_the_sample(threads):
-    """Short nodes along e₁, whose best partners are hidden behind longer ones that they do not see."""
-    psi = torch.zeros(200, 3)
-    psi[:5, 0], psi[5:100, 0], psi[100:, 1] = 1.0, 200.0, 201.0
-    psi[:, 2] = randn(200, dtype=torch.float32)
-    y = randn(200, 3, dtype=torch.float32)
-    exact = dense_attention(psi.double(), torch.ones(200, 1, dtype=torch.float64), y.double())
-    P = gd.AttentionTransition(psi)
-    assert (strips._levels(psi)[:5] < psi[:5] @ psi.mT.amax(-1) - 100).all()
-    for got, expected in zip((P @ y, P.log_degree, P.T @ y), exact, strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-2)
-
-
-def test_attention_derivatives_of_every_order(threads):
-    psi, y = randn(2, 5, 2).requires_grad_(), randn(2, 5, 3).requires_grad_()
-
-    def both(psi, y):
-        P = gd.AttentionTransition(psi, scale=0.8)
-        return P.matmul(y), P.rmatmul(y), P.log_degree
-
-    assert gradcheck(both, (psi, y))
-    assert gradgradcheck(both, (psi, y))
-    assert gradcheck(lambda psi: gd.AttentionTransition(psi).rows([0, 3]), (psi,))
-
-
-@pytest.mark.parametrize("whole", [False, True])
-def test_attention_is_a_well_behaved_operator_of_torch(whole):
-    psi, y = randn(2, 6, 3).requires_grad_(), randn(2, 6, 4).requires_grad_()
-    weight = torch.ones(2, 6, 1, dtype=torch.float64)
-    value, lse, P = _attention(psi, weight, y, whole)
-    torch.library.opcheck(_attention, (psi, weight, y, whole))
-    torch.library.opcheck(_attention_transposed, (psi, weight, lse.detach().unsqueeze(-1), y))
-    y, value, lse = (x.detach().requires_grad_() for x in (y, value, lse))
-    torch.library.opcheck(_attention_backward, (psi, weight, y, value, lse, P, value, lse))
-
-
-def test_the_matrix_is_kept_where_it_is_small_and_threads_share_the_work(monkeypatch):
-    """And there alone, for it is the memory of the backward."""
-    psi = randn(2, 40, 3).requires_grad_()
-
-    def kept():
-        y, saved = randn(len(psi), 40, 2), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
-            gd.AttentionTransition(psi) @ y
-        return (len(psi), 40 * 40) in saved
-
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert not kept()
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert kept()
-    monkeypatch.setattr(attention_module, "WHOLE", 40 * 40 * 8 - 1)
-    assert not kept()
-    monkeypatch.setattr(attention_module, "WHOLE", 40 * 40 * 8)
-    assert kept()
-    psi = randn(3, 40, 3).requires_grad_()
-    assert not kept()
-
-
-def test_attention_in_half_precision_multiplies_in_float32():
-    # Norms near 64, where neighbouring bfloat16 numbers differ by 0.5 and softmax by a factor 1.6.
-    psi = (randn(50, 64, dtype=torch.float32)).bfloat16()
-    y = randn(50, 2, dtype=torch.float32).bfloat16()
-    exact = torch.softmax(psi.double() @ psi.double().mT, -1) @ y.double()
-    P = gd.AttentionTransition(psi)
-    assert (P @ y).dtype == torch.bfloat16
-    assert ((P @ y).double() - exact).abs().max() < 0.01
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        product = gd.AttentionTransition(psi.float()) @ y.float()
-    assert product.dtype == torch.float32
-    assert (product.double() - exact).abs().max() < 1e-5
-
-
-def test_hub_attention_is_stable_where_degrees_span_hundreds_of_orders(threads):
-    psi = randn(30, 4) * torch.linspace(1, 12, 30, dtype=torch.float64).unsqueeze(-1)
-    spread = gd.AttentionTransition(psi).log_degree
-    assert spread.max() - spread.min() > 400
-    for dtype, close in ((torch.float64, 1e-10), (torch.float32, 1e-3)):
-        P = gd.AttentionTransition(psi.to(dtype))
-        D = torch.softmax(psi @ psi.mT, -1)
-        s = randn(30, 2)
-        assert ((P.T @ s.to(dtype)).double() - D.mT @ s).abs().max() < close
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -283,16 +144,6 @@ def test_a_held_walk_is_the_walk_itself(monkeypatch, padded):
     monkeypatch.setattr(held_module, "LARGEST", 2 * 21 * 21 * 8 - 1)
     assert P.held() is P
     assert P.T.held().T is P
-
-
-@pytest.mark.slow
-def test_memory_of_attention_does_not_grow_with_the_square_of_nodes():
-    resource = pytest.importorskip("resource")
-    psi = randn(20_000, 16).requires_grad_()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    (gd.AttentionTransition(psi) @ randn(20_000, 4)).sum().backward()
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    assert grown < 100e6  # the matrix alone is 3.2e9 bytes
 
 
 # --- batches

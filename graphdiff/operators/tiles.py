@@ -1,0 +1,544 @@
+"""The products behind the attention walk, compiled: tiles of exp(ψψᵀ) that never leave the nearest cache.
+
+With A = ψψᵀ and weights w ≥ 0 of the nodes, P_ij = w_j exp(A_ij − lse_i),  lse_i = log Σ_j w_j exp(A_ij):
+
+    value = P y                                y [N, K]
+    Pᵀv,  (Pᵀv)_i = w_i Σ_j exp(A_ij − lse_j) v_j
+    ∂ψ_i = Σ_j (G_ij + G_ji) ψ_j               for the cotangents g of value and g_lse of lse,
+    ∂y = Pᵀg                                   G_ij = P_ij (g_i·y_j + h_i),  h_i = g_lse_i − g_i·value_i.
+
+Each is, for every node i, a sum over all j. Nodes i stand side by side in the lanes of a processor's vectors,
+all j pass by in panels, and logits, exponentials and sums are taken lane by lane in registers: a node's bits
+depend on its graph alone, whatever threads there are. G_ji is made again where ∂ψ_i needs it, from the same
+A_ij, for that costs less than adding to rows elsewhere. The largest logit of a row is found as panels pass,
+and what was summed before is scaled to it (Milakov and Gimelshein, "Online normalizer calculation for
+softmax", 2018). Sums begin anew with every few panels, so that many small terms count beside a large one.
+
+This file is read where numba is installed, and compiled when it is first used.
+"""
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
+from numba import njit, types, uint64
+from numba.core.cgutils import alloca_once, for_range, get_or_insert_function
+from numba.extending import intrinsic
+from torch import Tensor
+
+from graphdiff.operators.threads import in_team, shared, taken
+
+# Exponents below which an entry counts as 0, well above those that underflow.
+FLOOR = {32: -70.0, 64: -680.0}
+# Vectors of nodes i side by side, and panels of nodes j between two sums.
+VECTORS, PANELS = 2, 4
+# Pairs of nodes below which threads cost more than they save.
+FEW = 2**16
+
+# Terms of the exponential's series: on |r| ≤ (log 2)/2 the next is below half a unit in the last place.
+TERMS = {32: 7, 64: 13}
+# log 2 in two parts, the first with few enough digits that its multiples up to 1024 are exact.
+LOG_2 = {32: (0.693145751953125, 1.4286068203094172e-06), 64: (0.6931471803691238, 1.9082149292705877e-10)}
+
+
+@functools.cache
+def _registers() -> tuple[int, int, int]:
+    """Bytes of the processor's vectors, and nodes of a panel and channels of a sum that fit its registers.
+
+    Logits fill VECTORS times the nodes of a panel, sums VECTORS times their channels; some must be left.
+    """
+    features = get_host_cpu_features()
+    if features.get("avx512f"):
+        return 64, 12, 8
+    if features.get("avx2"):
+        return 32, 6, 4
+    return (16, 12, 8) if features.get("neon") else (16, 6, 4)
+
+
+def shape_of(dtype: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Lanes of a vector, nodes of a panel, channels of a sum: tuples, for whose lengths numba compiles."""
+    bytes_of, nodes, channels = _registers()
+    return (0,) * (bytes_of // np.dtype(dtype).itemsize), (0,) * nodes, (0,) * channels
+
+
+# --- code for the processor, written in LLVM's language because numba has no vectors
+
+
+class _Writer:
+    """Writes LLVM code on vectors of nodes; a tile is rows of VECTORS of them."""
+
+    def __init__(self, context: Any, builder: Any, dtype: Any, shape: Any) -> None:
+        self.context, self.builder, self.bits = context, builder, dtype.bitwidth
+        self.lanes, self.nodes, self.channels = (part.count for part in shape)
+        self.kind = ir.VectorType(context.get_value_type(dtype), self.lanes)
+        self.row = VECTORS * self.lanes
+
+    def data(self, kind: Any, array: Any) -> Any:
+        """Where the numbers of an array stand."""
+        return self.context.make_array(kind)(self.context, self.builder, array).data
+
+    def at(self, pointer: Any, *offsets: Any) -> Any:
+        """The pointer, so many numbers further."""
+        for offset in offsets:
+            number = ir.Constant(ir.IntType(64), offset) if isinstance(offset, int) else offset
+            pointer = self.builder.gep(pointer, [number])
+        return pointer
+
+    def times(self, number: Any, count: int) -> Any:
+        """number · count."""
+        return self.builder.mul(number, ir.Constant(ir.IntType(64), count))
+
+    def load(self, pointer: Any, *offsets: Any) -> Any:
+        """A vector."""
+        found = self.builder.load(self._vector_at(pointer, offsets))
+        found.align = self.bits // 8
+        return found
+
+    def store(self, value: Any, pointer: Any, *offsets: Any) -> None:
+        """Write a vector."""
+        self.builder.store(value, self._vector_at(pointer, offsets), align=self.bits // 8)
+
+    def _vector_at(self, pointer: Any, offsets: Any) -> Any:
+        return self.builder.bitcast(self.at(pointer, *offsets), self.kind.as_pointer())
+
+    def vectors(self, pointer: Any, *offsets: Any) -> list[Any]:
+        """A row of a tile."""
+        return [self.load(pointer, *offsets, v * self.lanes) for v in range(VECTORS)]
+
+    def store_row(self, row: Any, pointer: Any, *offsets: Any) -> None:
+        """Write a row of a tile."""
+        for v, value in enumerate(row):
+            self.store(value, pointer, *offsets, v * self.lanes)
+
+    def spread(self, pointer: Any, *offsets: Any) -> Any:
+        """One number in all lanes."""
+        number, undefined = (
+            self.builder.load(self.at(pointer, *offsets)),
+            ir.Constant(self.kind, ir.Undefined),
+        )
+        one = self.builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
+        places = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
+        return self.builder.shuffle_vector(one, undefined, places)
+
+    def constant(self, number: float) -> Any:
+        """The number in all lanes, as near as the dtype has it."""
+        exact = float(np.float32(number)) if self.bits == 32 else number
+        return ir.Constant(self.kind, [exact] * self.lanes)
+
+    def multiplied_added(self, a: Any, b: Any, c: Any) -> Any:
+        """a·b + c, rounded once where the processor can."""
+        kind = ir.FunctionType(self.kind, [self.kind] * 3)
+        name = f"llvm.fmuladd.v{self.lanes}f{self.bits}"
+        return self.builder.call(get_or_insert_function(self.builder.module, kind, name), [a, b, c])
+
+    def larger(self, a: Any, b: Any) -> Any:
+        """The larger one; b where a is no number."""
+        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
+
+    def exponential(self, x: Any) -> Any:
+        """exp(x) to two units in the last place, for x ≤ 0 but for its rounding; 0 below FLOOR.
+
+        With x = n·log 2 + r it is the series of exp(r) times 2ⁿ. To a number so large that it has only whole
+        ones beside it, x/log 2 adds n; its last bits are then n and the exponents' offset, which are 2ⁿ.
+        """
+        builder, mantissa = self.builder, {32: 23, 64: 52}[self.bits]
+        offset = 2 ** (self.bits - mantissa - 2) - 1
+        magic = self.constant(1.5 * 2.0**mantissa + offset)
+        marked = self.multiplied_added(x, self.constant(1 / math.log(2)), magic)
+        n = builder.fsub(marked, magic)
+        high, low = LOG_2[self.bits]
+        r = self.multiplied_added(n, self.constant(-high), x)
+        r = self.multiplied_added(n, self.constant(-low), r)
+        terms = [self.constant(1 / math.factorial(k)) for k in range(TERMS[self.bits])]
+        series = terms.pop()
+        while terms:
+            series = self.multiplied_added(series, r, terms.pop())
+        whole = ir.VectorType(ir.IntType(self.bits), self.lanes)
+        shift = ir.Constant(whole, [mantissa] * self.lanes)
+        power = builder.bitcast(builder.shl(builder.bitcast(marked, whole), shift), self.kind)
+        # A product, and not a sum of exponents, for what is no number stays none.
+        found = builder.fmul(series, power)
+        below = builder.fcmp_ordered("<", x, self.constant(FLOOR[self.bits]))
+        return builder.select(below, self.constant(0.0), found)
+
+    def sums(self, count: int) -> list[list[Any]]:
+        """Rows of sums from 0, in registers."""
+        rows = [[alloca_once(self.builder, self.kind) for _ in range(VECTORS)] for _ in range(count)]
+        for place in (place for row in rows for place in row):
+            self.builder.store(self.constant(0.0), place)
+        return rows
+
+    def add(self, rows: list[list[Any]], numbers: Any, apart: int, vectors: list[Any]) -> None:
+        """To every row of sums its number, which stand so far apart, times the vectors."""
+        for k, row in enumerate(rows):
+            number = self.spread(numbers, k * apart)
+            for place, vector in zip(row, vectors, strict=True):
+                total = self.multiplied_added(number, vector, self.builder.load(place))
+                self.builder.store(total, place)
+
+    def loop(self, count: Any) -> Any:
+        """for index in range(count)."""
+        return for_range(self.builder, count, intp=ir.IntType(64))
+
+    def nothing(self) -> Any:
+        """What a function returns that returns nothing."""
+        return self.context.get_dummy_value()
+
+
+# Panels are [panels, channels, nodes of a panel]: of every channel the numbers of some nodes j in a row. A
+# tile is [j, i].
+
+
+@intrinsic
+def _logits(
+    typing: Any, rows: Any, panels: Any, first: Any, count: Any, depth: Any, tile: Any, shape: Any
+) -> Any:
+    """tile_ji = Σ_k panels_jk rows_ki for k < depth and `count` panels from the `first` on."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        write = _Writer(context, builder, rows.dtype, shape)
+        own, others, into = (write.data(k, args[n]) for n, k in ((0, rows), (1, panels), (5, tile)))
+        channels = builder.extract_value(context.make_array(panels)(context, builder, args[1]).shape, 1)
+        size = write.times(channels, write.nodes)
+        others = write.at(others, builder.mul(args[2], size))
+        with write.loop(args[3]) as panel:
+            sums = write.sums(write.nodes)
+            here = write.at(others, builder.mul(panel.index, size))
+            with write.loop(args[4]) as k:
+                vectors = write.vectors(own, write.times(k.index, write.row))
+                write.add(sums, write.at(here, write.times(k.index, write.nodes)), 1, vectors)
+            place = write.at(into, write.times(panel.index, write.nodes * write.row))
+            for j, row in enumerate(sums):
+                write.store_row([builder.load(x) for x in row], place, j * write.row)
+        return write.nothing()
+
+    return types.none(rows, panels, types.uint64, types.uint64, types.uint64, tile, shape), code
+
+
+@intrinsic
+def _gathered(
+    typing: Any, tile: Any, panels: Any, first: Any, count: Any, change: Any, sums: Any, shape: Any
+) -> Any:
+    """sums_ci ← change_i sums_ci + Σ_j panels_jc tile_ji, for all channels c of the panels."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        write = _Writer(context, builder, tile.dtype, shape)
+        weights, others, scale, into = (
+            write.data(k, args[n]) for n, k in ((0, tile), (1, panels), (4, change), (5, sums))
+        )
+        channels = builder.extract_value(context.make_array(panels)(context, builder, args[1]).shape, 1)
+        size = write.times(channels, write.nodes)
+        others = write.at(others, builder.mul(args[2], size))
+        factors = write.vectors(scale)
+        groups = builder.udiv(channels, ir.Constant(ir.IntType(64), write.channels))
+        with write.loop(groups) as group:
+            found = write.sums(write.channels)
+            of_group = write.at(others, write.times(group.index, write.channels * write.nodes))
+            with write.loop(args[3]) as panel:
+                here = write.at(of_group, builder.mul(panel.index, size))
+                there = write.at(weights, write.times(panel.index, write.nodes * write.row))
+                with write.loop(ir.Constant(ir.IntType(64), write.nodes)) as j:
+                    vectors = write.vectors(there, write.times(j.index, write.row))
+                    write.add(found, write.at(here, j.index), write.nodes, vectors)
+            place = write.at(into, write.times(group.index, write.channels * write.row))
+            for c, row in enumerate(found):
+                before = write.vectors(place, c * write.row)
+                after = [
+                    write.multiplied_added(old, factor, builder.load(new))
+                    for old, factor, new in zip(before, factors, row, strict=True)
+                ]
+                write.store_row(after, place, c * write.row)
+        return write.nothing()
+
+    return types.none(tile, panels, types.uint64, types.uint64, change, sums, shape), code
+
+
+@intrinsic
+def _below_largest(typing: Any, tile: Any, rows: Any, largest: Any, change: Any, shape: Any) -> Any:
+    """largest_i ← max_j with tile_ji, change_i = exp of old − new, tile_ji ← exp(tile_ji − largest_i)."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        write = _Writer(context, builder, tile.dtype, shape)
+        logits, most, changed = (write.data(k, args[n]) for n, k in ((0, tile), (2, largest), (3, change)))
+        places = [alloca_once(builder, write.kind) for _ in range(VECTORS)]
+        before = write.vectors(most)
+        for place, value in zip(places, before, strict=True):
+            builder.store(value, place)
+        with write.loop(args[1]) as j:
+            for place, x in zip(places, write.vectors(logits, write.times(j.index, write.row)), strict=True):
+                builder.store(write.larger(x, builder.load(place)), place)
+        after = [builder.load(place) for place in places]
+        write.store_row(after, most)
+        pairs = zip(before, after, strict=True)
+        write.store_row([write.exponential(builder.fsub(x, y)) for x, y in pairs], changed)
+        with write.loop(args[1]) as j:
+            place = write.at(logits, write.times(j.index, write.row))
+            pairs = zip(write.vectors(place), after, strict=True)
+            write.store_row([write.exponential(builder.fsub(x, y)) for x, y in pairs], place)
+        return write.nothing()
+
+    return types.none(tile, types.uint64, largest, change, shape), code
+
+
+@intrinsic
+def _below(typing: Any, tile: Any, rows: Any, levels: Any, first: Any, shape: Any) -> Any:
+    """tile_ji ← exp(tile_ji − levels_j), for nodes j from the `first` on."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        write = _Writer(context, builder, tile.dtype, shape)
+        logits, level = write.data(tile, args[0]), write.at(write.data(levels, args[2]), args[3])
+        with write.loop(args[1]) as j:
+            place = write.at(logits, write.times(j.index, write.row))
+            shift = write.spread(level, j.index)
+            row = [write.exponential(builder.fsub(x, shift)) for x in write.vectors(place)]
+            write.store_row(row, place)
+        return write.nothing()
+
+    return types.none(tile, types.uint64, levels, types.uint64, shape), code
+
+
+@intrinsic
+def _both_ways(
+    typing: Any, tile: Any, a: Any, b: Any, rows: Any, own: Any, levels: Any, first: Any, shape: Any
+) -> Any:
+    """e_ji = exp(tile_ji − levels_j): a_ji ← exp(tile_ji − own_i) a_ji + e_ji b_ji, tile_ji ← e_ji."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        write = _Writer(context, builder, tile.dtype, shape)
+        logits, left, right, ours, theirs = (
+            write.data(k, args[n]) for n, k in ((0, tile), (1, a), (2, b), (4, own), (5, levels))
+        )
+        shifts, theirs = write.vectors(ours), write.at(theirs, args[6])
+        with write.loop(args[3]) as j:
+            offset = write.times(j.index, write.row)
+            level = write.spread(theirs, j.index)
+            x = write.vectors(logits, offset)
+            here = [write.exponential(builder.fsub(v, shift)) for v, shift in zip(x, shifts, strict=True)]
+            there = [write.exponential(builder.fsub(v, level)) for v in x]
+            write.store_row(there, logits, offset)
+            sums = [
+                write.multiplied_added(p, u, builder.fmul(q, v))
+                for p, u, q, v in zip(
+                    here, write.vectors(left, offset), there, write.vectors(right, offset), strict=True
+                )
+            ]
+            write.store_row(sums, left, offset)
+        return write.nothing()
+
+    return types.none(tile, a, b, types.uint64, own, levels, types.uint64, shape), code
+
+
+# --- nodes [begin, end) of a graph, all of whose nodes stand in panels, filled up with 0
+
+
+@njit(cache=True, nogil=True)
+def _placed(x: Any, panels: Any, at: int) -> None:
+    """x [N, C] as channels of panels, from the one `at` on."""
+    first, node, panel = uint64(at), uint64(0), uint64(0)
+    for i in range(uint64(x.shape[0])):
+        for k in range(uint64(x.shape[1])):
+            panels[panel, first + k, node] = x[i, k]
+        node += uint64(1)
+        if node == uint64(panels.shape[2]):
+            node, panel = uint64(0), panel + uint64(1)
+
+
+@njit(cache=True, nogil=True)
+def _turned(panels: Any, begin: Any, channels: Any, rows: Any) -> None:
+    """The channels of nodes from `begin` on, side by side; 0 beyond the last panel."""
+    apart = uint64(panels.shape[2])
+    panel, node = begin // apart, begin % apart
+    for q in range(uint64(rows.shape[1])):
+        there = panel < uint64(len(panels))
+        for k in range(channels):
+            rows[k, q] = panels[panel, k, node] if there else 0
+        node += uint64(1)
+        if node == apart:
+            node, panel = uint64(0), panel + uint64(1)
+
+
+@njit(cache=True, nogil=True)
+def _forward(features: Any, columns: Any, value: Any, lse: Any, depth: int, shape: Any, counter: Any) -> None:
+    """Value and lse, for panels of ψ and [w y, w]."""
+    lanes, nodes, _ = shape
+    row, total, number = uint64(VECTORS * len(lanes)), uint64(len(value)), features.dtype.type
+    channels = uint64(value.shape[1])
+    own, count = np.empty((uint64(depth), row), features.dtype), uint64(len(features))
+    tile = np.empty((PANELS * len(nodes), row), features.dtype)
+    sums = np.empty((columns.shape[1], row), features.dtype)
+    largest, change = np.empty(row, features.dtype), np.empty(row, features.dtype)
+    i = row * uint64(taken(counter))
+    while i < total:
+        _turned(features, i, uint64(depth), own)
+        sums[:], largest[:] = 0, -np.inf
+        for first in range(uint64(0), count, uint64(PANELS)):
+            some = min(uint64(PANELS), count - first)
+            _logits(own, features, first, some, uint64(depth), tile, shape)
+            _below_largest(tile, some * uint64(len(nodes)), largest, change, shape)
+            _gathered(tile, columns, first, some, change, sums, shape)
+        for q in range(min(row, total - i)):
+            degree = sums[channels, q]
+            for k in range(channels):
+                value[i + q, k] = sums[k, q] / degree
+            lse[i + q] = largest[q] + number(np.log(degree))
+        i = row * uint64(taken(counter))
+
+
+@njit(cache=True, nogil=True)
+def _transposed(
+    features: Any,
+    columns: Any,
+    levels: Any,
+    weight: Any,
+    product: Any,
+    depth: int,
+    shape: Any,
+    counter: Any,
+) -> None:
+    """Pᵀv, for panels of ψ and v and `levels` lse."""
+    lanes, nodes, _ = shape
+    row, total, channels = uint64(VECTORS * len(lanes)), uint64(len(product)), uint64(product.shape[1])
+    own, count = np.empty((uint64(depth), row), features.dtype), uint64(len(features))
+    tile = np.empty((PANELS * len(nodes), row), features.dtype)
+    sums, same = np.empty((columns.shape[1], row), features.dtype), np.ones(row, features.dtype)
+    i = row * uint64(taken(counter))
+    while i < total:
+        _turned(features, i, uint64(depth), own)
+        sums[:] = 0
+        for first in range(uint64(0), count, uint64(PANELS)):
+            some = min(uint64(PANELS), count - first)
+            _logits(own, features, first, some, uint64(depth), tile, shape)
+            _below(tile, some * uint64(len(nodes)), levels, first * uint64(len(nodes)), shape)
+            _gathered(tile, columns, first, some, same, sums, shape)
+        for q in range(min(row, total - i)):
+            for k in range(channels):
+                product[i + q, k] = weight[i + q, 0] * sums[k, q]
+        i = row * uint64(taken(counter))
+
+
+@njit(cache=True, nogil=True)
+def _backward(
+    features: Any,
+    columns: Any,
+    cotangents: Any,
+    levels: Any,
+    weight: Any,
+    g_psi: Any,
+    g_y: Any,
+    depth: int,
+    shape: Any,
+    counter: Any,
+) -> None:
+    """∂ψ and ∂y, for panels of ψ, [w y, w] and [g, h] and `levels` lse."""
+    lanes, nodes, _ = shape
+    row, total, channels = uint64(VECTORS * len(lanes)), uint64(len(g_y)), uint64(g_y.shape[1] + 1)
+    own, count = np.empty((uint64(depth), row), features.dtype), uint64(len(features))
+    held, given = np.empty((2, channels, row), features.dtype)
+    tile, left, right = np.empty((3, PANELS * len(nodes), row), features.dtype)
+    of_psi = np.empty((features.shape[1], row), features.dtype)
+    of_y = np.empty((columns.shape[1], row), features.dtype)
+    level, same = np.empty(row, features.dtype), np.ones(row, features.dtype)
+    i = row * uint64(taken(counter))
+    while i < total:
+        _turned(features, i, uint64(depth), own)
+        _turned(columns, i, channels, held)
+        _turned(cotangents, i, channels, given)
+        for q in range(row):
+            level[q] = levels[min(i + q, uint64(len(levels) - 1))]
+        of_psi[:], of_y[:] = 0, 0
+        for first in range(uint64(0), count, uint64(PANELS)):
+            some = min(uint64(PANELS), count - first)
+            _logits(own, features, first, some, uint64(depth), tile, shape)
+            _logits(given, columns, first, some, channels, left, shape)
+            _logits(held, cotangents, first, some, channels, right, shape)
+            rows = some * uint64(len(nodes))
+            _both_ways(tile, left, right, rows, level, levels, first * uint64(len(nodes)), shape)
+            _gathered(left, features, first, some, same, of_psi, shape)
+            _gathered(tile, cotangents, first, some, same, of_y, shape)
+        for q in range(min(row, total - i)):
+            for k in range(uint64(depth)):
+                g_psi[i + q, k] = of_psi[k, q]
+            for k in range(channels - uint64(1)):
+                g_y[i + q, k] = weight[i + q, 0] * of_y[k, q]
+        i = row * uint64(taken(counter))
+
+
+@njit(cache=True, nogil=True)
+def _forward_by_team(address: int, threads: int, arguments: Any) -> Any:
+    return in_team(address, threads, _forward, arguments)
+
+
+@njit(cache=True, nogil=True)
+def _transposed_by_team(address: int, threads: int, arguments: Any) -> Any:
+    return in_team(address, threads, _transposed, arguments)
+
+
+@njit(cache=True, nogil=True)
+def _backward_by_team(address: int, threads: int, arguments: Any) -> Any:
+    return in_team(address, threads, _backward, arguments)
+
+
+# --- from tensors. Numpy does what is small: torch's threads would still be busy waiting when ours begin.
+
+
+def forward(psi: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """P y [N, K] and lse [N], for psi [N, d], weight [N, 1], y [N, K]."""
+    features, w, signals = _arrays(psi, weight, y)
+    shape = shape_of(features.dtype)
+    value, lse = torch.empty_like(y), y.new_empty(len(y))
+    given = _panels(shape, features), _panels(shape, w * signals, w)
+    shared(_forward, _forward_by_team, _threads(psi), *given, *_arrays(value, lse), psi.shape[-1], shape)
+    return value, lse
+
+
+def transposed(psi: Tensor, weight: Tensor, lse: Tensor, v: Tensor) -> tuple[Tensor]:
+    """Pᵀv [N, K], for lse [N, 1]."""
+    features, w, levels, signals = _arrays(psi, weight, lse, v)
+    shape = shape_of(features.dtype)
+    product = torch.empty_like(v)
+    given = _panels(shape, features), _panels(shape, signals), _filled(shape, levels), w
+    shared(_transposed, _transposed_by_team, _threads(psi), *given, *_arrays(product), psi.shape[-1], shape)
+    return (product,)
+
+
+def backward(
+    psi: Tensor, weight: Tensor, y: Tensor, value: Tensor, lse: Tensor, g_value: Tensor, g_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """∂ψ [N, d] and ∂y [N, K]."""
+    features, w, signals, found, levels, g, g_levels = _arrays(psi, weight, y, value, lse, g_value, g_lse)
+    shape = shape_of(features.dtype)
+    g_psi, g_y = torch.empty_like(psi), torch.empty_like(y)
+    h = g_levels - (g * found).sum(-1)
+    panels = _panels(shape, features), _panels(shape, w * signals, w), _panels(shape, g, h[:, None])
+    given = *panels, _filled(shape, levels), w
+    shared(_backward, _backward_by_team, _threads(psi), *given, *_arrays(g_psi, g_y), psi.shape[-1], shape)
+    return g_psi, g_y
+
+
+def _threads(psi: Tensor) -> int:
+    return torch.get_num_threads() if len(psi) ** 2 >= FEW else 1
+
+
+def _arrays(*tensors: Tensor) -> list[Any]:
+    return [x.numpy() for x in tensors]
+
+
+def _panels(shape: Any, *parts: Any) -> Any:
+    """Arrays [N, C], beside each other, as [panels, C, nodes of a panel], filled up with 0."""
+    _, nodes, group = (len(part) for part in shape)
+    channels = sum(x.shape[1] for x in parts)
+    panels = np.zeros((-(-len(parts[0]) // nodes), -(-channels // group) * group, nodes), parts[0].dtype)
+    first = 0
+    for x in parts:
+        _placed(x, panels, first)
+        first += x.shape[1]
+    return panels
+
+
+def _filled(shape: Any, lse: Any) -> Any:
+    """The lse of all nodes in panels; 0 is that of those that fill them up, whose logits are 0."""
+    return np.pad(lse.reshape(-1), (0, -len(lse) % len(shape[1])))
