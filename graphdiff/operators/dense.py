@@ -134,6 +134,15 @@ class DenseTransition(Transition):
         """Pᵀ v."""
         return self._staying(product(self._in_lines().mT, checks.real(v, self.mask)), v)
 
+    def held(self) -> Transition:
+        """For products that autograd does not see, which may then be compiled ones."""
+        # Which itself needs `product` from here.
+        from graphdiff.operators.held import HeldTransition
+
+        # A subclass may multiply in a way of its own.
+        known = type(self) is DenseTransition
+        return HeldTransition(self, self._filled_up_once, self.log_degree) if known else self
+
     def _in_lines(self) -> Tensor:
         """P filled up to whole 64-byte lines, so that a graph has the same bits alone and in a batch.
 

@@ -30,6 +30,14 @@ from numba.core.cgutils import (
 )
 from numba.extending import intrinsic
 
+# Pairs of nodes below which threads cost more than they save.
+FEW = 2**16
+
+
+def worthwhile(pairs: int) -> int:
+    """How many threads are worth it for so many pairs of nodes: torch's number, or one."""
+    return torch.get_num_threads() if pairs >= FEW else 1
+
 
 @functools.cache
 def team() -> int:

@@ -17,176 +17,35 @@ softmax", 2018). Sums begin anew with every few panels, so that many small terms
 This file is read where numba is installed, and compiled when it is first used.
 """
 
-import functools
-import math
 from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import njit, types, uint64
-from numba.core.cgutils import alloca_once, for_range, get_or_insert_function
+from numba.core.cgutils import alloca_once
 from numba.extending import intrinsic
 from torch import Tensor
 
-from graphdiff.operators.threads import in_team, shared, taken
+from graphdiff.operators.threads import in_team, shared, taken, worthwhile
+from graphdiff.operators.vectors import Writer, registers
 
-# Exponents below which an entry counts as 0, well above those that underflow.
-FLOOR = {32: -70.0, 64: -680.0}
 # Vectors of nodes i side by side, and panels of nodes j between two sums.
 VECTORS, PANELS = 2, 4
-# Pairs of nodes below which threads cost more than they save.
-FEW = 2**16
-
-# Terms of the exponential's series: on |r| ≤ (log 2)/2 the next is below half a unit in the last place.
-TERMS = {32: 7, 64: 13}
-# log 2 in two parts, the first with few enough digits that its multiples up to 1024 are exact.
-LOG_2 = {32: (0.693145751953125, 1.4286068203094172e-06), 64: (0.6931471803691238, 1.9082149292705877e-10)}
-
-
-@functools.cache
-def _registers() -> tuple[int, int, int]:
-    """Bytes of the processor's vectors, and nodes of a panel and channels of a sum that fit its registers.
-
-    Logits fill VECTORS times the nodes of a panel, sums VECTORS times their channels; some must be left.
-    """
-    features = get_host_cpu_features()
-    if features.get("avx512f"):
-        return 64, 12, 8
-    if features.get("avx2"):
-        return 32, 6, 4
-    return (16, 12, 8) if features.get("neon") else (16, 6, 4)
 
 
 def shape_of(dtype: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Lanes of a vector, nodes of a panel, channels of a sum: tuples, for whose lengths numba compiles."""
-    bytes_of, nodes, channels = _registers()
+    bytes_of, nodes, channels = registers()
     return (0,) * (bytes_of // np.dtype(dtype).itemsize), (0,) * nodes, (0,) * channels
 
 
-# --- code for the processor, written in LLVM's language because numba has no vectors
-
-
-class _Writer:
-    """Writes LLVM code on vectors of nodes; a tile is rows of VECTORS of them."""
+class _Writer(Writer):
+    """Knows the sizes of panels and sums besides; its rows are of nodes i."""
 
     def __init__(self, context: Any, builder: Any, dtype: Any, shape: Any) -> None:
-        self.context, self.builder, self.bits = context, builder, dtype.bitwidth
-        self.lanes, self.nodes, self.channels = (part.count for part in shape)
-        self.kind = ir.VectorType(context.get_value_type(dtype), self.lanes)
-        self.row = VECTORS * self.lanes
-
-    def data(self, kind: Any, array: Any) -> Any:
-        """Where the numbers of an array stand."""
-        return self.context.make_array(kind)(self.context, self.builder, array).data
-
-    def at(self, pointer: Any, *offsets: Any) -> Any:
-        """The pointer, so many numbers further."""
-        for offset in offsets:
-            number = ir.Constant(ir.IntType(64), offset) if isinstance(offset, int) else offset
-            pointer = self.builder.gep(pointer, [number])
-        return pointer
-
-    def times(self, number: Any, count: int) -> Any:
-        """number · count."""
-        return self.builder.mul(number, ir.Constant(ir.IntType(64), count))
-
-    def load(self, pointer: Any, *offsets: Any) -> Any:
-        """A vector."""
-        found = self.builder.load(self._vector_at(pointer, offsets))
-        found.align = self.bits // 8
-        return found
-
-    def store(self, value: Any, pointer: Any, *offsets: Any) -> None:
-        """Write a vector."""
-        self.builder.store(value, self._vector_at(pointer, offsets), align=self.bits // 8)
-
-    def _vector_at(self, pointer: Any, offsets: Any) -> Any:
-        return self.builder.bitcast(self.at(pointer, *offsets), self.kind.as_pointer())
-
-    def vectors(self, pointer: Any, *offsets: Any) -> list[Any]:
-        """A row of a tile."""
-        return [self.load(pointer, *offsets, v * self.lanes) for v in range(VECTORS)]
-
-    def store_row(self, row: Any, pointer: Any, *offsets: Any) -> None:
-        """Write a row of a tile."""
-        for v, value in enumerate(row):
-            self.store(value, pointer, *offsets, v * self.lanes)
-
-    def spread(self, pointer: Any, *offsets: Any) -> Any:
-        """One number in all lanes."""
-        number, undefined = (
-            self.builder.load(self.at(pointer, *offsets)),
-            ir.Constant(self.kind, ir.Undefined),
-        )
-        one = self.builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
-        places = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
-        return self.builder.shuffle_vector(one, undefined, places)
-
-    def constant(self, number: float) -> Any:
-        """The number in all lanes, as near as the dtype has it."""
-        exact = float(np.float32(number)) if self.bits == 32 else number
-        return ir.Constant(self.kind, [exact] * self.lanes)
-
-    def multiplied_added(self, a: Any, b: Any, c: Any) -> Any:
-        """a·b + c, rounded once where the processor can."""
-        kind = ir.FunctionType(self.kind, [self.kind] * 3)
-        name = f"llvm.fmuladd.v{self.lanes}f{self.bits}"
-        return self.builder.call(get_or_insert_function(self.builder.module, kind, name), [a, b, c])
-
-    def larger(self, a: Any, b: Any) -> Any:
-        """The larger one; b where a is no number."""
-        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
-
-    def exponential(self, x: Any) -> Any:
-        """exp(x) to two units in the last place, for x ≤ 0 but for its rounding; 0 below FLOOR.
-
-        With x = n·log 2 + r it is the series of exp(r) times 2ⁿ. To a number so large that it has only whole
-        ones beside it, x/log 2 adds n; its last bits are then n and the exponents' offset, which are 2ⁿ.
-        """
-        builder, mantissa = self.builder, {32: 23, 64: 52}[self.bits]
-        offset = 2 ** (self.bits - mantissa - 2) - 1
-        magic = self.constant(1.5 * 2.0**mantissa + offset)
-        marked = self.multiplied_added(x, self.constant(1 / math.log(2)), magic)
-        n = builder.fsub(marked, magic)
-        high, low = LOG_2[self.bits]
-        r = self.multiplied_added(n, self.constant(-high), x)
-        r = self.multiplied_added(n, self.constant(-low), r)
-        terms = [self.constant(1 / math.factorial(k)) for k in range(TERMS[self.bits])]
-        series = terms.pop()
-        while terms:
-            series = self.multiplied_added(series, r, terms.pop())
-        whole = ir.VectorType(ir.IntType(self.bits), self.lanes)
-        shift = ir.Constant(whole, [mantissa] * self.lanes)
-        power = builder.bitcast(builder.shl(builder.bitcast(marked, whole), shift), self.kind)
-        # A product, and not a sum of exponents, for what is no number stays none.
-        found = builder.fmul(series, power)
-        below = builder.fcmp_ordered("<", x, self.constant(FLOOR[self.bits]))
-        return builder.select(below, self.constant(0.0), found)
-
-    def sums(self, count: int) -> list[list[Any]]:
-        """Rows of sums from 0, in registers."""
-        rows = [[alloca_once(self.builder, self.kind) for _ in range(VECTORS)] for _ in range(count)]
-        for place in (place for row in rows for place in row):
-            self.builder.store(self.constant(0.0), place)
-        return rows
-
-    def add(self, rows: list[list[Any]], numbers: Any, apart: int, vectors: list[Any]) -> None:
-        """To every row of sums its number, which stand so far apart, times the vectors."""
-        for k, row in enumerate(rows):
-            number = self.spread(numbers, k * apart)
-            for place, vector in zip(row, vectors, strict=True):
-                total = self.multiplied_added(number, vector, self.builder.load(place))
-                self.builder.store(total, place)
-
-    def loop(self, count: Any) -> Any:
-        """for index in range(count)."""
-        return for_range(self.builder, count, intp=ir.IntType(64))
-
-    def nothing(self) -> Any:
-        """What a function returns that returns nothing."""
-        return self.context.get_dummy_value()
+        lanes, self.nodes, self.channels = (part.count for part in shape)
+        super().__init__(context, builder, dtype, lanes, VECTORS)
 
 
 # Panels are [panels, channels, nodes of a panel]: of every channel the numbers of some nodes j in a row. A
@@ -241,7 +100,7 @@ def _gathered(
             with write.loop(args[3]) as panel:
                 here = write.at(of_group, builder.mul(panel.index, size))
                 there = write.at(weights, write.times(panel.index, write.nodes * write.row))
-                with write.loop(ir.Constant(ir.IntType(64), write.nodes)) as j:
+                with write.loop(write.nodes) as j:
                     vectors = write.vectors(there, write.times(j.index, write.row))
                     write.add(found, write.at(here, j.index), write.nodes, vectors)
             place = write.at(into, write.times(group.index, write.channels * write.row))
@@ -491,7 +350,15 @@ def forward(psi: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     shape = shape_of(features.dtype)
     value, lse = torch.empty_like(y), y.new_empty(len(y))
     given = _panels(shape, features), _panels(shape, w * signals, w)
-    shared(_forward, _forward_by_team, _threads(psi), *given, *_arrays(value, lse), psi.shape[-1], shape)
+    shared(
+        _forward,
+        _forward_by_team,
+        worthwhile(len(psi) ** 2),
+        *given,
+        *_arrays(value, lse),
+        psi.shape[-1],
+        shape,
+    )
     return value, lse
 
 
@@ -501,7 +368,15 @@ def transposed(psi: Tensor, weight: Tensor, lse: Tensor, v: Tensor) -> tuple[Ten
     shape = shape_of(features.dtype)
     product = torch.empty_like(v)
     given = _panels(shape, features), _panels(shape, signals), _filled(shape, levels), w
-    shared(_transposed, _transposed_by_team, _threads(psi), *given, *_arrays(product), psi.shape[-1], shape)
+    shared(
+        _transposed,
+        _transposed_by_team,
+        worthwhile(len(psi) ** 2),
+        *given,
+        *_arrays(product),
+        psi.shape[-1],
+        shape,
+    )
     return (product,)
 
 
@@ -515,12 +390,16 @@ def backward(
     h = g_levels - (g * found).sum(-1)
     panels = _panels(shape, features), _panels(shape, w * signals, w), _panels(shape, g, h[:, None])
     given = *panels, _filled(shape, levels), w
-    shared(_backward, _backward_by_team, _threads(psi), *given, *_arrays(g_psi, g_y), psi.shape[-1], shape)
+    shared(
+        _backward,
+        _backward_by_team,
+        worthwhile(len(psi) ** 2),
+        *given,
+        *_arrays(g_psi, g_y),
+        psi.shape[-1],
+        shape,
+    )
     return g_psi, g_y
-
-
-def _threads(psi: Tensor) -> int:
-    return torch.get_num_threads() if len(psi) ** 2 >= FEW else 1
 
 
 def _arrays(*tensors: Tensor) -> list[Any]:

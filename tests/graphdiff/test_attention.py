@@ -81,7 +81,7 @@ def test_attention_equals_the_dense_softmax_in_value_and_all_gradients(
     leaves = [psi.requires_grad_(), randn(2, nodes, channels, seed=5).requires_grad_()]
     with pytest.MonkeyPatch.context() as patch:
         if rows == "tiles":
-            patch.setattr(attention_module._tiles(), "_registers", lambda: processor)
+            patch.setattr(attention_module._tiles(), "registers", lambda: processor)
         else:
             patch.setattr(attention_module, "_tiles", lambda: None)
             patch.setattr(torch, "get_num_threads", lambda: 2 if rows == "whole" else 1)
