@@ -26,8 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from graphdiff import checks
 from graphdiff.operators import strips
 from graphdiff.operators.base import Transition
-from graphdiff.operators.dense import whole_lines
-from graphdiff.operators.held import HeldTransition
+from graphdiff.operators.held import HeldTransition, whole_lines
 
 # A matrix of so many bytes, two of them in a batch, is faster built, where there are threads for it.
 WHOLE = 2**24

@@ -10,9 +10,7 @@ from torch.nn.functional import pad
 
 from graphdiff import checks
 from graphdiff.operators.base import Transition
-
-# Signals are multiplied in groups of so many.
-COLUMNS = 8
+from graphdiff.operators.held import HeldTransition, product, whole_lines
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -136,9 +134,6 @@ class DenseTransition(Transition):
 
     def held(self) -> Transition:
         """For products that autograd does not see, which may then be compiled ones."""
-        # Which itself needs `product` from here.
-        from graphdiff.operators.held import HeldTransition
-
         # A subclass may multiply in a way of its own.
         known = type(self) is DenseTransition
         return HeldTransition(self, self._filled_up_once, self.log_degree) if known else self
@@ -165,34 +160,11 @@ class DenseTransition(Transition):
         return self.P
 
 
-def product(P: Tensor, y: Tensor) -> Tensor:
-    """P y [..., N, K] for y [..., N, K] and P, or its transpose, filled up to whole lines."""
-    nodes, channels = y.shape[-2:]
-    # Narrow products that are not whole vectors wide are slower than wider ones; of one column they are not.
-    surplus = 0 if channels == 1 else -channels % COLUMNS
-    y = pad(y, (0, surplus, 0, P.shape[-1] - nodes))
-    batch = checks.broadcast_batch([P.shape[:-2], y.shape[:-2]], "P and y")
-    flat = [x.expand(*batch, *x.shape[-2:]).reshape(batch.numel(), *x.shape[-2:]) for x in (P, y)]
-    # Graph by graph: kernels for batches round differently. Of none there is nothing to round.
-    products = (
-        flat[0] @ flat[1]
-        if 0 in batch
-        else torch.stack([graph @ signals for graph, signals in zip(*flat, strict=True)])
-    )
-    return products.reshape(*batch, *y.shape[-2:])[..., :nodes, :channels]
-
-
 def _without_padding(W: Tensor, mask: Tensor) -> Tensor:
     """The matrix between real nodes, and 1 from each padded node to itself."""
     checks.node_mask(mask, W.shape[:-1], W.device)
     eye = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
     return torch.where(mask.unsqueeze(-1) & mask.unsqueeze(-2), W, eye * ~mask.unsqueeze(-1))
-
-
-def whole_lines(nodes: int, dtype: torch.dtype) -> int:
-    """The number of entries, at least `nodes`, that fill up lines of 64 bytes."""
-    line = 64 // dtype.itemsize
-    return -(-nodes // line) * line
 
 
 def _filled_up(P: Tensor) -> Tensor:

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from graphdiff import checks
 from graphdiff.operators.base import Transition
-from graphdiff.operators.dense import product
 
+# Signals are multiplied in groups of so many.
+COLUMNS = 8
 # What all graphs of a batch together may take while a solve lasts.
 LARGEST = 512 * 10**6
 
@@ -21,7 +23,7 @@ class HeldTransition(Transition):
 
     Args:
         original: The transition, of which nothing is differentiated through this one.
-        matrix: Its entries, filled up with 0 to whole lines (`dense.whole_lines`) both ways.
+        matrix: Its entries, filled up with 0 to whole lines (`whole_lines`) both ways.
         found_log_degree: That of `original`, [..., N]; None where it has none.
     """
 
@@ -78,17 +80,40 @@ class HeldTransition(Transition):
 
     def matmul(self, y: Tensor) -> Tensor:
         """P y."""
-        return self._staying(_product(self.matrix, checks.real(y, self.mask), across=False), y)
+        return self._staying(_multiplied(self.matrix, checks.real(y, self.mask), across=False), y)
 
     def rmatmul(self, v: Tensor) -> Tensor:
         """Pᵀ v."""
-        return self._staying(_product(self.matrix, checks.real(v, self.mask), across=True), v)
+        return self._staying(_multiplied(self.matrix, checks.real(v, self.mask), across=True), v)
 
     def __repr__(self) -> str:
         return repr(self.original)
 
 
-def _product(matrix: Tensor, y: Tensor, *, across: bool) -> Tensor:
+def whole_lines(nodes: int, dtype: torch.dtype) -> int:
+    """The number of entries, at least `nodes`, that fill up lines of 64 bytes."""
+    line = 64 // dtype.itemsize
+    return -(-nodes // line) * line
+
+
+def product(P: Tensor, y: Tensor) -> Tensor:
+    """P y [..., N, K] for y [..., N, K] and P, or its transpose, filled up to whole lines."""
+    nodes, channels = y.shape[-2:]
+    # Narrow products that are not whole vectors wide are slower than wider ones; of one column they are not.
+    surplus = 0 if channels == 1 else -channels % COLUMNS
+    y = pad(y, (0, surplus, 0, P.shape[-1] - nodes))
+    batch = checks.broadcast_batch([P.shape[:-2], y.shape[:-2]], "P and y")
+    flat = [x.expand(*batch, *x.shape[-2:]).reshape(batch.numel(), *x.shape[-2:]) for x in (P, y)]
+    # Graph by graph: kernels for batches round differently. Of none there is nothing to round.
+    products = (
+        flat[0] @ flat[1]
+        if 0 in batch
+        else torch.stack([graph @ signals for graph, signals in zip(*flat, strict=True)])
+    )
+    return products.reshape(*batch, *y.shape[-2:])[..., :nodes, :channels]
+
+
+def _multiplied(matrix: Tensor, y: Tensor, *, across: bool) -> Tensor:
     """P y, or Pᵀ y `across`, of no interest to autograd; compiled, graph by graph, where that is faster."""
     products = _products()
     if products is None or not products.suits(matrix, y.shape[-1]):

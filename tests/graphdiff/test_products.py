@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import graphdiff as gd
-from graphdiff.operators.dense import whole_lines
+from graphdiff.operators.held import whole_lines
 
 products = pytest.importorskip(
     "graphdiff.operators.products", reason="numba, the extra [compiled], is absent", exc_type=ImportError
