@@ -103,8 +103,8 @@ class DirectedSSOR(Solver):
             )
             split = sweeps.split(P.indptr, P.indices, P.data, order, looped, summed, *numbers)
             triangles.append(Triangles(order, *split))
-        # One for all signals, which none is orthogonal to but by accident. The residual of the start, where
-        # that is a node, is all but orthogonal to much of what follows: up to twice as many steps.
+        # One for all signals, which none is orthogonal to but by accident. Where the start is a single node,
+        # its residual in this place takes up to 1.7 times as many steps.
         shadow = np.random.default_rng(0).uniform(-1.0, 1.0, nodes)
         return Swept(operator, mu, shadow, triangles, {})
 

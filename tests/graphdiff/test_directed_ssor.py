@@ -1,6 +1,7 @@
 """DirectedSSOR: its triangles and bounds, bits no neighbour changes, what goes on after it, no numba."""
 
 import importlib.util
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -192,6 +193,20 @@ def test_steps_are_limited_signal_by_signal():
         assert sol.converged.squeeze().tolist() == [k == 4 for k in range(9)]
         error = (sol.value - oracle(P.dense(), s, 0.99)).abs().amax(0)
         assert (error <= sol.error_bound.squeeze() + 1e-12).all()
+
+
+@with_numba
+def test_one_step_more_never_makes_the_answer_worse():
+    """Residuals do not fall steadily: what is handed back is the best x so far."""
+    P, s = one_way(400, 3, share=0.004), torch.eye(400, 1, **f64)
+    for Q in (P, P.T):
+        bounds = [
+            float(gd.solve(Q, s, 0.999, solver=DirectedSSOR, max_steps=k, on_failure="ignore").error_bound)
+            for k in range(1, 20)
+        ]
+        assert bounds[-1] < 0.1 * bounds[0]
+        # The best by the solver's own bound, of which the certificate's is a little different.
+        assert all(later <= 1.1 * earlier for earlier, later in itertools.pairwise(bounds))
 
 
 @with_numba
