@@ -42,6 +42,8 @@ FLOORS = {
             "solvers.cg",
             "solvers.sweeps",
             "solvers.ssor",
+            "solvers.directed_sweeps",
+            "solvers.directed_ssor",
             "solvers.block_cg",
             "solvers.mixed_precision",
             "solvers.multigrid",

@@ -7,6 +7,7 @@ from graphdiff.solvers.block_cg import BlockCG
 from graphdiff.solvers.cg import CG
 from graphdiff.solvers.chebyshev import Chebyshev
 from graphdiff.solvers.direct import Direct
+from graphdiff.solvers.directed_ssor import DirectedSSOR
 from graphdiff.solvers.mixed_precision import MixedPrecision
 from graphdiff.solvers.multigrid import Multigrid
 from graphdiff.solvers.push import Push
@@ -22,6 +23,7 @@ __all__ = [
     "BlockCG",
     "Chebyshev",
     "Direct",
+    "DirectedSSOR",
     "MixedPrecision",
     "Multigrid",
     "Push",

@@ -11,6 +11,7 @@ from graphdiff.solvers.base import Iterate, Limits, Problem, Solver, carry_on, n
 from graphdiff.solvers.bicgstab import BiCGSTAB
 from graphdiff.solvers.cg import CG
 from graphdiff.solvers.direct import Direct
+from graphdiff.solvers.directed_ssor import DirectedSSOR
 from graphdiff.solvers.ssor import SSOR
 from graphdiff.solvers.walk import Walk
 
@@ -25,7 +26,7 @@ SLOW = 0.5
 
 @dataclass(frozen=True)
 class Auto:
-    """Direct for small problems, SSOR or CG for reversible walks, else walks, BiCGSTAB where they are slow.
+    """Direct for small problems, SSOR, DirectedSSOR or CG for large ones; else walks, or BiCGSTAB if slow.
 
     Example:
         >>> import torch, graphdiff as gd
@@ -50,6 +51,12 @@ class Auto:
             )
         if operator.reversible:
             return CG(), f"reversible: at most about {products} products"
+        if DirectedSSOR.suits(operator) and mu.numel() == mu.shape[-2]:
+            return (
+                DirectedSSOR(),
+                f"sparse, not reversible: walks would take at most about {products} products, and this "
+                "usually far fewer",
+            )
         return WatchedWalk(), f"not reversible: walks, at most about {products}, unless they turn out slow"
 
 

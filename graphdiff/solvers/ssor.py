@@ -90,14 +90,14 @@ class SSOR(Solver):
     @staticmethod
     def suits(operator: Transition) -> bool:
         """Whether it applies, and numba is there."""
-        return operator.reversible and _fits(operator) and _sweeps() is not None
+        return operator.reversible and fits(operator) and _sweeps() is not None
 
     def prepare(self, operator: Transition, mu: Tensor) -> Swept:
         """An order of the nodes, and the two triangles of the matrix in it, for each µ."""
         if operator.stochastic == "columns":
             return self.transposed(self.prepare(operator.T, mu))
         log_degree = check_reversible(operator, "SSOR").unsqueeze(-1)
-        if not _fits(operator):
+        if not fits(operator):
             raise ValueError(
                 f"solver: SSOR needs a sparse walk on the CPU with less than 2³² edges, got {operator}; use "
                 "CG(), Chebyshev() or Direct()"
@@ -135,7 +135,7 @@ class SSOR(Solver):
             _, base, given, unit = started(Weighted(operator, each, log_weight), rhs, initial)
             y.copy_(base)
             start = torch.zeros_like(initial)
-        done = _Progress(target, unit.expand(*batch, 1, channels), limits)
+        done = Progressed(target, unit.expand(*batch, 1, channels), limits)
         which = torch.arange(len(triangles)).reshape(*mu.shape[:-2], mu.shape[-1])
         which = which.expand(*batch, channels).reshape(batch.numel(), channels)
         columns = [slice(0, channels)] if mu.shape[-1] == 1 else [slice(k, k + 1) for k in range(channels)]
@@ -156,7 +156,7 @@ class SSOR(Solver):
         return carry_on(Chebyshev(), Problem(operator, mu), rhs, reached, unfinished, target, limits)
 
 
-class _Progress:
+class Progressed:
     """How far each right-hand side is, [batch, K], in units of its own; what a caller's limits say to it."""
 
     def __init__(self, target: Tensor, unit: Tensor, limits: Limits) -> None:
@@ -212,7 +212,7 @@ class _Block:
         self.vectors = memory[kind]
         self.loss = LOSS / np.finfo(dtype).eps
 
-    def solve(self, given: Any, start: Any, found: Any, done: "_Progress", place: Any, added: bool) -> None:
+    def solve(self, given: Any, start: Any, found: Any, done: "Progressed", place: Any, added: bool) -> None:
         """Put what solves for `given` in the place of `found`, or add it to that; all are [N, ≤ width]."""
         sweeps, triangles = _sweeps(), self.triangles
         lanes, width, wanted = (0,) * self.width, given.shape[1], found
@@ -264,7 +264,7 @@ class _Block:
             wanted[:] = found[:, :width]
 
 
-def _fits(operator: Transition) -> bool:
+def fits(operator: Transition) -> bool:
     """Whether the walk's edges are there to be swept, in numbers of 32 bits."""
     rows = operator.T if operator.stochastic == "columns" else operator
     return rows.sparse and rows.device.type == "cpu" and rows.to_scipy().nnz < 2**32

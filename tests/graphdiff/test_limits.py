@@ -8,6 +8,7 @@ import torch
 
 import graphdiff as gd
 from graphdiff.solvers import base
+from graphdiff.solvers.auto import WatchedWalk
 from tests.graphdiff.zoo import SOLVERS, oracle
 
 # Push takes signals one after the other.
@@ -76,7 +77,7 @@ def test_the_time_ends_refinements_and_what_takes_over_too(chain):
     assert (walked.steps == 1).all()
     around = torch.stack([torch.arange(300), torch.arange(1, 301) % 300])
     P = gd.SparseTransition.from_edge_index(around, dtype=torch.float64)
-    watched = gd.solve(P, s, 0.999, max_seconds=1e-9, on_failure="ignore")
+    watched = gd.solve(P, s, 0.999, solver=WatchedWalk(), max_seconds=1e-9, on_failure="ignore")
     assert watched.solver == "Walk() or BiCGSTAB()"
     assert (watched.steps == 1).all()
 

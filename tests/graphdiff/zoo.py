@@ -274,6 +274,7 @@ if importlib.util.find_spec("pyamg"):  # else test_boundary.py skips a test that
     SOLVERS["Multigrid"] = gd.solvers.Multigrid()
 if importlib.util.find_spec("numba"):  # else test_ssor.py skips and says so
     SOLVERS["SSOR"] = gd.solvers.SSOR()
+    SOLVERS["DirectedSSOR"] = gd.solvers.DirectedSSOR()
 
 
 def applies(solver: gd.solvers.Solver | gd.solvers.Auto, P: gd.Transition, mus: int = 1) -> bool:
@@ -285,7 +286,8 @@ def applies(solver: gd.solvers.Solver | gd.solvers.Auto, P: gd.Transition, mus: 
         return applies(solver.inner, P, mus)
     if isinstance(solver, gd.solvers.BlockCG) and mus > 1:
         return False
-    if isinstance(solver, gd.solvers.Multigrid | gd.solvers.SSOR | gd.solvers.Push) and not P.sparse:
+    sparse = gd.solvers.Multigrid | gd.solvers.SSOR | gd.solvers.DirectedSSOR | gd.solvers.Push
+    if isinstance(solver, sparse) and not P.sparse:
         return False
     reversible = (
         gd.solvers.CG | gd.solvers.BlockCG | gd.solvers.Chebyshev | gd.solvers.Multigrid | gd.solvers.SSOR

@@ -1,0 +1,292 @@
+"""The sweeps of `DirectedSSOR`, compiled: many signals side by side, as in `sweeps`.
+
+With δ_i = 1 − µ_i P_ii the system δ⁻¹(I − MP) is I − L − U, L strictly lower and U strictly upper triangular
+in an order of the nodes. Stabilised biconjugate gradients on (I − L)⁻¹(I − L − U)(I − U)⁻¹ take no product
+(Eisenstat 1981, as in `sweeps`): with t = (I − U)⁻¹ p and w = (I − L)⁻¹(p − t) the image of p is t + w, and t
+is the direction in which x moves. Each half of a step is one pass back and one forth.
+
+This file is read where numba is installed, and compiled when it is first used.
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, uint64
+from numba.extending import intrinsic
+
+from graphdiff.operators.rows import block, ordered
+from graphdiff.solvers.sweeps import (
+    SOON,
+    ahead,
+    entered,
+    larger,
+    left,
+    load,
+    magnitude,
+    store,
+    wide,
+    zeros,
+)
+
+__all__ = ["entered", "iterated", "left", "moved", "ordered", "split"]
+
+
+@intrinsic
+def where(typing: Any, mask: Any, a: Any, b: Any) -> Any:
+    """a in lanes where the mask is not 0, b in the others."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        nothing = ir.Constant(args[0].type, [0.0] * a.count)
+        return builder.select(builder.fcmp_unordered("!=", args[0], nothing), args[1], args[2])
+
+    return a(a, a, a), code
+
+
+# --- the triangles
+
+
+def split(
+    starts: Any, nodes: Any, values: Any, order: Any, looped: bool, summed: bool, mu: Any, remaining: Any
+) -> Any:
+    """L and U by rows; 1/δ and weights, [N] each in the order; and a bound.
+
+    P is given by its rows, µ and `remaining` node by node; `looped` says whether any P_ii may not be 0. With
+    ρ = (I − L)⁻¹δ⁻¹ times the true residual, a row of this one divided by its `remaining` is at most the
+    bound times max |ρ|; if `summed`, its 1-norm divided by the smallest `remaining` is at most the bound
+    times Σ |ρ| times the weights.
+    """
+    count, edges = len(order), len(nodes)
+    # Where a triangle has less than all edges, the rest of its memory is never touched.
+    ends, scales, into, of = block(
+        (2 * count + 2, np.uint32), (2 * count, np.float64), (2 * edges, np.uint32), (2 * edges, values.dtype)
+    )
+    ends, scales = ends.reshape(2, -1), scales.reshape(2, count)
+    first, second, bound = _split(
+        starts, nodes, values, order, looped, summed, mu, remaining, ends, scales, into, of
+    )
+    lower = ends[0], into[:first], of[:first]
+    return lower, (ends[1], into[edges:second], of[edges:second]), scales, bound
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _split(
+    starts: Any,
+    nodes: Any,
+    values: Any,
+    order: Any,
+    looped: bool,
+    summed: bool,
+    mu: Any,
+    remaining: Any,
+    ends: Any,
+    scales: Any,
+    into: Any,
+    of: Any,
+) -> Any:
+    """Where the edges of L and of U end in `into` and `of`, and the bound."""
+    count, one = uint64(len(order)), uint64(1)
+    place = np.empty(count, np.uint32)
+    for a in range(count):
+        place[uint64(order[a])] = a
+    first, second = uint64(0), uint64(len(nodes))
+    ends[0, 0] = ends[1, 0] = 0
+    scales[1] = 0.0 if summed else 1.0
+    bound, least = 0.0, np.inf
+    for a in range(count):
+        if a + SOON < count:
+            soon = uint64(starts[uint64(order[a + SOON])])
+            ahead(nodes, soon)
+            ahead(values, soon)
+        i, loop, before = uint64(order[a]), 0.0, 0.0
+        if looped:
+            for e in range(uint64(starts[i]), uint64(starts[i + one])):
+                if uint64(nodes[e]) == i:
+                    loop += values[e]
+        diagonal = 1 - mu[i] * loop
+        share = mu[i] / diagonal
+        for e in range(uint64(starts[i]), uint64(starts[i + one])):
+            b = uint64(place[uint64(nodes[e])])
+            if b == a:
+                continue
+            # Which triangle is a matter of chance, so no branch: half of them would be foreseen wrongly.
+            earlier = uint64(b < a)
+            spot = first if earlier else second
+            into[spot], of[spot] = b, share * values[e]
+            first, second = first + earlier, second + (one - earlier)
+            step = float(earlier) * (mu[i] * values[e])
+            before += step
+            if summed:
+                scales[1, b] += step
+        ends[0, a + one], ends[1, a + one] = first, second - uint64(len(nodes))
+        scales[0, a] = 1 / diagonal
+        if summed:
+            scales[1, a] += diagonal
+        least, bound = min(least, remaining[i]), max(bound, (diagonal + before) / remaining[i])
+    return first, second, 1 / least if summed else bound
+
+
+# --- a block of signals
+
+
+@njit(cache=True, nogil=True)
+def _turned(upper: Any, r: Any, p: Any, v: Any, turn: Any, along: Any, t: Any, lanes: Any) -> None:
+    """p ← r + turn·(p − along·v) and t = (I − U)⁻¹ p."""
+    starts, nodes, values = upper
+    beta, omega = load(turn, uint64(0), lanes), load(along, uint64(0), lanes)
+    a = uint64(len(starts) - 1)
+    while a > 0:
+        a -= uint64(1)
+        q = load(r, a, lanes) + (load(p, a, lanes) - load(v, a, lanes) * omega) * beta
+        store(p, a, q)
+        for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
+            q = q + load(t, uint64(nodes[e]), lanes) * values[e]
+        store(t, a, q)
+
+
+@njit(cache=True, nogil=True)
+def _seen(lower: Any, p: Any, t: Any, w: Any, shadow: Any, sums: Any, lanes: Any) -> None:
+    """w = (I − L)⁻¹(p − t), and ⟨shadow, t + w⟩ into a row of `sums`."""
+    starts, nodes, values = lower
+    s0 = zeros(lanes)
+    s1, s2, s3 = s0, s0, s0
+    for a in range(uint64(len(starts) - 1)):
+        direction = load(t, a, lanes)
+        q = load(p, a, lanes) - direction
+        for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
+            q = q + load(w, uint64(nodes[e]), lanes) * values[e]
+        store(w, a, q)
+        s0, s1, s2, s3 = s1, s2, s3, s0 + wide(q + direction) * shadow[a]
+    store(sums, uint64(0), (s0 + s1) + (s2 + s3))
+
+
+@njit(cache=True, nogil=True)
+def _halfway(
+    upper: Any,
+    x: Any,
+    best: Any,
+    r: Any,
+    v: Any,
+    t: Any,
+    w: Any,
+    across: Any,
+    better: Any,
+    keeping: bool,
+    lanes: Any,
+) -> None:
+    """v = t + w, x ← x + across·t, r ← r − across·v and t ← (I − U)⁻¹ r; `best` is x before where better."""
+    starts, nodes, values = upper
+    alpha, mask = load(across, uint64(0), lanes), load(better, uint64(0), lanes)
+    a = uint64(len(starts) - 1)
+    while a > 0:
+        a -= uint64(1)
+        direction, here = load(t, a, lanes), load(x, a, lanes)
+        if keeping:
+            store(best, a, where(mask, here, load(best, a, lanes)))
+        store(x, a, here + direction * alpha)
+        image = direction + load(w, a, lanes)
+        store(v, a, image)
+        q = load(r, a, lanes) - image * alpha
+        store(r, a, q)
+        for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
+            q = q + load(t, uint64(nodes[e]), lanes) * values[e]
+        store(t, a, q)
+
+
+@njit(cache=True, nogil=True)
+def _lessened(lower: Any, r: Any, t: Any, w: Any, sums: Any, lanes: Any) -> None:
+    """w = (I − L)⁻¹(r − t); ⟨r, t + w⟩ and ⟨t + w, t + w⟩ into `sums`."""
+    starts, nodes, values = lower
+    a0 = zeros(lanes)
+    a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
+    for a in range(uint64(len(starts) - 1)):
+        direction, half = load(t, a, lanes), load(r, a, lanes)
+        q = half - direction
+        for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
+            q = q + load(w, uint64(nodes[e]), lanes) * values[e]
+        store(w, a, q)
+        image = wide(q + direction)
+        a0, a1, a2, a3 = a1, a2, a3, a0 + image * wide(half)
+        b0, b1, b2, b3 = b1, b2, b3, b0 + image * image
+    store(sums, uint64(0), (a0 + a1) + (a2 + a3))
+    store(sums, uint64(1), (b0 + b1) + (b2 + b3))
+
+
+@njit(cache=True, nogil=True)
+def moved(
+    x: Any,
+    r: Any,
+    t: Any,
+    w: Any,
+    along: Any,
+    shadow: Any,
+    weights: Any,
+    summed: bool,
+    sums: Any,
+    lanes: Any,
+) -> None:
+    """x ← x + along·t, r ← r − along·(t + w); ⟨shadow, r⟩, and Σ or max of |r| with weights, into `sums`."""
+    omega, a0 = load(along, uint64(0), lanes), zeros(lanes)
+    a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
+    for i in range(uint64(len(weights))):
+        direction = load(t, i, lanes)
+        store(x, i, load(x, i, lanes) + direction * omega)
+        q = load(r, i, lanes) - (direction + load(w, i, lanes)) * omega
+        store(r, i, q)
+        y = wide(q)
+        a0, a1, a2, a3 = a1, a2, a3, a0 + y * shadow[i]
+        y = magnitude(y) * weights[i]
+        b0, b1, b2, b3 = b1, b2, b3, b0 + y if summed else larger(b0, y)
+    store(sums, uint64(0), (a0 + a1) + (a2 + a3))
+    store(sums, uint64(1), (b0 + b1) + (b2 + b3) if summed else larger(larger(b0, b1), larger(b2, b3)))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def iterated(
+    lower: Any,
+    upper: Any,
+    shadow: Any,
+    weights: Any,
+    summed: bool,
+    factor: Any,
+    vectors: Any,
+    state: Any,
+    most: int,
+    lanes: Any,
+) -> None:
+    """Stabilised biconjugate gradients, at most so many steps; what changes is in `vectors` and `state`."""
+    x, best, r, p, v, t, w, turn, across, along, better, sums = vectors
+    active, steps, product, bound, least, target, limit = state
+    for _ in range(most):
+        if not active.any():
+            return
+        _turned(upper, r, p, v, turn, along, t, lanes)
+        _seen(lower, p, t, w, shadow, sums, lanes)
+        for k in range(len(active)):
+            # A vanishing product or step is a breakdown; so is what overflows.
+            across[0, k] = product[k] / sums[0, k]
+            active[k] = active[k] and across[0, k] != 0 and np.isfinite(across[0, k])
+            across[0, k] = across[0, k] if active[k] else 0
+        _halfway(upper, x, best, r, v, t, w, across, better, better.any(), lanes)
+        better[:] = 0
+        _lessened(lower, r, t, w, sums, lanes)
+        for k in range(len(active)):
+            # Where half a step was the whole nothing is left to be lessened.
+            along[0, k] = sums[0, k] / sums[1, k] if active[k] and sums[1, k] > 0 else 0
+        moved(x, r, t, w, along, shadow, weights, summed, sums, lanes)
+        for k in range(len(active)):
+            turn[0, k] = 0
+            if not active[k]:
+                continue
+            steps[k] += 1
+            bound[k] = sums[1, k] * factor[k]
+            # One entry that is no number makes this product none.
+            active[k] = np.isfinite(sums[0, k]) and np.isfinite(bound[k])
+            if active[k] and bound[k] < least[k]:
+                least[k], better[0, k] = bound[k], 1
+            turn[0, k] = sums[0, k] / product[k] * (across[0, k] / along[0, k])
+            product[k] = sums[0, k]
+            goes_on = active[k] and along[0, k] != 0 and np.isfinite(turn[0, k])
+            active[k] = goes_on and bound[k] > target[k] and steps[k] < limit[k]
+            if not active[k]:
+                turn[0, k] = 0

@@ -1,0 +1,284 @@
+"""DirectedSSOR: its triangles and bounds, bits no neighbour changes, what goes on after it, no numba."""
+
+import importlib.util
+import itertools
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+import graphdiff as gd
+from tests.graphdiff.zoo import oracle
+
+f64 = {"dtype": torch.float64}
+with_numba = pytest.mark.skipif(
+    importlib.util.find_spec("numba") is None, reason="numba, the extra [compiled], is absent"
+)
+DirectedSSOR = gd.solvers.DirectedSSOR()
+
+
+def one_way(nodes, seed, loops=True, share=0.3, **options):
+    """A graph of random weights, few of whose edges go both ways, and its walk."""
+    g = torch.Generator().manual_seed(seed)
+    W = torch.rand(nodes, nodes, generator=g, **f64) * (torch.rand(nodes, nodes, generator=g) < share)
+    W = W + torch.diag(torch.ones(nodes - 1, **f64), 1)
+    W = W if loops else W - torch.diag(W.diagonal())
+    return gd.SparseTransition.from_scipy(sparse.csr_array(W.numpy()), **options)
+
+
+def triangles(P, mu):
+    """L, U and the order, and what the solver keeps beside."""
+    nodes = P.shape[-1]
+    (found,) = DirectedSSOR.prepare(P, torch.as_tensor(mu, **f64).reshape(-1, 1)).triangles
+
+    def dense(triangle):
+        starts, numbers, values = (torch.from_numpy(x.astype("f8")) for x in triangle)
+        T = torch.zeros(nodes, nodes, **f64)
+        for a in range(nodes):
+            some = slice(int(starts[a]), int(starts[a + 1]))
+            T[a, numbers[some].long()] = values[some]
+        return T
+
+    return dense(found.lower), dense(found.upper), torch.from_numpy(found.order.astype("i8")), found
+
+
+@with_numba
+@settings(max_examples=60)
+@given(
+    st.integers(3, 30),
+    st.integers(0, 2**20),
+    st.sampled_from([0.3, 0.85, 0.99]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+def test_the_triangles_are_those_of_the_system_and_what_bounds_the_residual_does(
+    nodes, seed, mu, each, transposed, loops
+):
+    P = one_way(nodes, seed, loops)
+    P = P.T if transposed else P
+    g = torch.Generator().manual_seed(seed)
+    m = mu * torch.rand(nodes, generator=g, **f64) if each else torch.full((nodes,), mu, **f64)
+    L, U, order, found = triangles(P, m if each else mu)
+    assert sorted(order.tolist()) == list(range(nodes))
+    assert (L.triu() == 0).all()
+    assert (U.tril() == 0).all()
+    system = (torch.eye(nodes, **f64) - m[:, None] * P.dense())[order][:, order]
+    diagonal = system.diagonal()
+    torch.testing.assert_close(system / diagonal[:, None], torch.eye(nodes, **f64) - L - U)
+    inverse, weights = torch.from_numpy(found.scales)
+    torch.testing.assert_close(inverse, 1 / diagonal)
+    # Some entries large, as where one node's row decides.
+    rho = torch.randn(nodes, generator=g, **f64) ** 3
+    residual = diagonal * (rho - L @ rho)
+    rest = 1 - m[order]
+    if transposed:
+        error, bound = residual.abs().sum() / rest.min(), found.bound * (rho.abs() * weights).sum()
+    else:
+        error, bound = (residual.abs() / rest).max(), found.bound * (rho.abs() * weights).max()
+    assert error <= bound * (1 + 1e-12)
+    # And is reached: by a ρ whose terms do not cancel.
+    if transposed:
+        rho = torch.eye(nodes, **f64)[:, 0]
+        residual = diagonal * (rho - L @ rho)
+        torch.testing.assert_close(residual.abs().sum() / rest.min(), found.bound * weights[0])
+
+
+@with_numba
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_signal_has_its_bits_and_steps_in_any_company(dtype, transposed):
+    P = one_way(300, 2, share=0.02).to(dtype)
+    P = P.T if transposed else P
+    # More than two lines of lanes, and of one signal alone, two, a line, and a line and one.
+    s = torch.randn(300, 37, generator=torch.Generator().manual_seed(1), **f64)
+    s[:, ::3] = torch.eye(300, 13, **f64)
+    s = s.to(dtype)
+    together = gd.solve(P, s, 0.95, solver=DirectedSSOR)
+    assert together.converged.all()
+    assert len(set(together.steps.tolist())) > 1
+    for some in ([0], [36], [3, 11], list(range(8)), list(range(9)), list(range(36, -1, -1))):
+        alone = gd.solve(P, s[:, some], 0.95, solver=DirectedSSOR)
+        assert torch.equal(alone.value, together.value[:, some])
+        assert torch.equal(alone.steps, together.steps[some])
+
+
+@with_numba
+def test_signals_of_all_sizes_side_by_side():
+    P = one_way(200, 5)
+    s = torch.randn(200, 6, generator=torch.Generator().manual_seed(2), **f64)
+    size = torch.tensor([1.0, 1e-200, 1e200, 0.0, 1e-30, 1e30], **f64)
+    for Q, wanted in ((P, P.dense()), (P.T, P.dense().T)):
+        sol = gd.solve(Q, s * size, 0.9, solver=DirectedSSOR)
+        assert sol.converged.all()
+        exact = oracle(wanted, s, 0.9)
+        scaled = sol.value / size.where(size > 0, torch.tensor(1.0, **f64))
+        assert ((scaled - exact)[:, size > 0].abs() < 1e-7).all()
+        assert (sol.value[:, 3] == 0).all()
+
+
+@with_numba
+@settings(max_examples=60)
+@given(
+    st.integers(1, 25),
+    st.integers(0, 2**20),
+    st.sampled_from([0.2, 0.9, 0.999]),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_bounds_hold_on_any_walk(nodes, seed, mu, transposed, dtype):
+    """Chains, absorbing nodes and whole classes that are left for good among them."""
+    P = one_way(nodes, seed, share=0.1).to(dtype)
+    s = torch.randn(nodes, 3, generator=torch.Generator().manual_seed(seed), **f64).to(dtype)
+    Q = P.T if transposed else P
+    sol = gd.solve(Q, s, mu, solver=DirectedSSOR)
+    error = (sol.value.double() - oracle(Q.dense(), s, mu)).abs()
+    error = error.sum(0) if transposed else error.amax(0)
+    assert sol.converged.all()
+    assert (error <= sol.error_bound.squeeze().double() + 1e-11 * s.abs().sum()).all()
+
+
+@with_numba
+def test_each_mu_of_a_batch_and_nodes_that_stay():
+    P = one_way(81, 4, share=0.1)
+    s = torch.randn(2, 81, 2, generator=torch.Generator().manual_seed(3), **f64)
+    node = torch.rand(81, 1, generator=torch.Generator().manual_seed(4), **f64)
+    node = node * (torch.arange(81) % 3 > 0)[:, None]
+    for mu in (torch.tensor([[0.5, 0.999]], **f64), torch.tensor([[[0.9]], [[0.99]]], **f64), node):
+        for walk in (P, P.T):
+            sol = gd.solve(walk, s, mu, solver=DirectedSSOR, initial=torch.ones_like(s))
+            exact = gd.diffuse(walk, s, mu, solver=gd.solvers.Direct())
+            torch.testing.assert_close(sol.value, exact, rtol=0, atol=1e-8)
+            if mu is node:
+                assert torch.equal(sol.value[:, ::3], s[:, ::3])
+
+
+@with_numba
+def test_nodes_that_a_signal_does_not_reach_stay_at_zero():
+    edges = torch.tensor([[0, 1, 2, 2, 4, 5, 6], [1, 2, 3, 0, 5, 6, 7]])
+    P = gd.SparseTransition.from_edge_index(edges, **f64)
+    s = torch.eye(8, **f64)[:, [1, 6]]
+    forth, back = (gd.solve(Q, s, 0.9, solver=DirectedSSOR).value for Q in (P.T, P))
+    assert (forth == 0).T.tolist() == [[False] * 4 + [True] * 4, [True] * 6 + [False] * 2]
+    assert (back == 0).T.tolist() == [[False] * 3 + [True] * 5, [True] * 4 + [False] * 3 + [True]]
+
+
+@with_numba
+def test_far_fewer_products_than_bicgstab_from_single_nodes_and_few_from_a_good_first_guess():
+    P = one_way(600, 9, share=0.01)
+    s = torch.eye(600, 8, **f64)
+    for Q in (P, P.T):
+        ours, plain = (
+            gd.solve(Q, s, 0.99, tol=1e-8, solver=x) for x in (DirectedSSOR, gd.solvers.BiCGSTAB())
+        )
+        assert ours.converged.all()
+        assert (ours.matvecs < 0.8 * plain.matvecs).all()
+        assert (gd.solve(Q, s, 0.99, tol=1e-8, solver=DirectedSSOR, initial=ours.value).steps <= 1).all()
+
+
+@with_numba
+def test_steps_are_limited_signal_by_signal():
+    P = one_way(400, 3, share=0.01)
+    s = torch.randn(400, 9, generator=torch.Generator().manual_seed(4), **f64)
+    s[:, 4] = 1.0
+    for asked in (5, 1):
+        sol = gd.solve(P, s, 0.99, solver=DirectedSSOR, max_steps=asked, on_failure="ignore")
+        assert sol.steps.tolist() == [0 if k == 4 else asked for k in range(9)]
+        assert sol.converged.squeeze().tolist() == [k == 4 for k in range(9)]
+        error = (sol.value - oracle(P.dense(), s, 0.99)).abs().amax(0)
+        assert (error <= sol.error_bound.squeeze() + 1e-12).all()
+
+
+@with_numba
+def test_one_step_more_never_makes_the_answer_worse():
+    """Residuals do not fall steadily: what is handed back is the best x so far."""
+    P, s = one_way(400, 3, share=0.004), torch.eye(400, 1, **f64)
+    for Q in (P, P.T):
+        bounds = [
+            float(gd.solve(Q, s, 0.999, solver=DirectedSSOR, max_steps=k, on_failure="ignore").error_bound)
+            for k in range(1, 20)
+        ]
+        assert bounds[-1] < 0.1 * bounds[0]
+        # The best by the solver's own bound, of which the certificate's is a little different.
+        assert all(later <= 1.1 * earlier for earlier, later in itertools.pairwise(bounds))
+
+
+@with_numba
+def test_no_line_of_signals_begins_after_the_time_is_up():
+    P = one_way(400, 3, share=0.01)
+    s = torch.randn(400, 17, generator=torch.Generator().manual_seed(4), **f64)
+    sol = gd.solve(P, s, 0.99, solver=DirectedSSOR, max_seconds=1e-9, on_failure="ignore")
+    assert sol.steps.tolist() == [1] * 8 + [0] * 9
+
+
+@with_numba
+@pytest.mark.parametrize("transposed", [False, True])
+def test_walks_go_on_from_the_best_where_it_breaks_down(transposed, monkeypatch):
+    """A shadow that what is left is orthogonal to after some steps: the product with it vanishes."""
+    P = one_way(300, 7, share=0.02)
+    Q, s = P.T if transposed else P, torch.eye(300, 2, **f64)
+    sound = DirectedSSOR.prepare(Q, torch.full((1, 1), 0.9, **f64))
+    assert len(sound.shadow) == 300
+    blind = sound._replace(shadow=np.zeros(300))
+    monkeypatch.setattr(type(DirectedSSOR), "prepare", lambda *_: blind)
+    sol = gd.solve(Q, s, 0.9, solver=DirectedSSOR)
+    assert sol.converged.all()
+    torch.testing.assert_close(sol.value, oracle(Q.dense(), s, 0.9), rtol=0, atol=1e-9)
+    walked = gd.solve(Q, s, 0.9, solver=gd.solvers.Walk())
+    assert (sol.steps - walked.steps).abs().max() <= 1
+
+
+@with_numba
+def test_auto_takes_it_and_says_why_and_others_are_named_where_it_does_not_apply():
+    P = one_way(400, 3, share=0.01)
+    s = torch.randn(400, 2, generator=torch.Generator().manual_seed(4), **f64)
+    for Q in (P, P.T):
+        sol = gd.solve(Q, s, 0.9)
+        assert sol.solver == "DirectedSSOR()"
+        assert sol.reason.startswith("sparse, not reversible: walks would take at most about")
+        # A matrix for each µ would be kept.
+        assert gd.solve(Q, s, torch.tensor([[0.5, 0.9]], **f64)).solver == "Walk() or BiCGSTAB()"
+    dense = gd.DenseTransition.from_affinity(torch.ones(3, 3, **f64))
+    with pytest.raises(
+        ValueError, match=r"DirectedSSOR needs a sparse walk .*, got Dense.* use BiCGSTAB\(\)"
+    ):
+        gd.diffuse(dense, torch.ones(3, **f64), 0.5, solver=DirectedSSOR)
+
+
+@with_numba
+def test_reversible_walks_too():
+    P = gd.grid_transition(torch.rand(1, 12, 12, generator=torch.Generator().manual_seed(2), **f64), beta=9.0)
+    s = torch.randn(144, 3, generator=torch.Generator().manual_seed(4), **f64)
+    for Q in (P, P.T):
+        sol = gd.solve(Q, s, 0.99, solver=DirectedSSOR)
+        torch.testing.assert_close(sol.value, oracle(Q.dense(), s, 0.99), rtol=0, atol=1e-8)
+
+
+def test_without_numba_auto_walks_and_the_error_says_what_to_install():
+    script = """
+        import sys
+        sys.modules["numba"] = None
+        import torch, graphdiff as gd
+        edges = torch.stack([torch.arange(400), (torch.arange(400) * 7 + 1) % 400])
+        P = gd.SparseTransition.from_edge_index(edges)
+        s = torch.eye(400)[0]
+        print(gd.solve(P, s, 0.9).solver)
+        try:
+            gd.solve(P, s, 0.9, solver=gd.solvers.DirectedSSOR())
+        except ImportError as error:
+            print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "Walk() or BiCGSTAB()",
+        "solver: DirectedSSOR needs numba; pip install numba, or use BiCGSTAB()",
+    ]
