@@ -17,6 +17,7 @@ FLOORS = {
     "graphdiff": [
         ["checks", "solution"],
         [
+            "operators.compiled",
             "operators.rows",
             "operators.threads",
             "operators.vectors",

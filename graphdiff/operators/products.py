@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types, uint64
+from numba import types, uint64
 from numba.extending import intrinsic
 from torch import Tensor
 
+from graphdiff.operators.compiled import compiled
 from graphdiff.operators.threads import in_team, shared, taken, worthwhile
 from graphdiff.operators.vectors import Writer, registers
 
@@ -106,7 +107,7 @@ def _onto(write: Writer, sums: Any, place: Any, apart: Any) -> None:
         write.store_row(new, place, offset)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _product(P: Any, y: Any, product: Any, shape: Any, counter: Any) -> None:
     """P y, for y and the product [N, vectors of signals]."""
     lanes, vectors, rows = shape
@@ -118,7 +119,7 @@ def _product(P: Any, y: Any, product: Any, shape: Any, counter: Any) -> None:
         i = some * uint64(taken(counter))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _transposed(P: Any, v: Any, product: Any, shape: Any, counter: Any) -> None:
     """(Pᵀ v)ᵀ, for v [N, signals] and the product [signals, N], both filled up."""
     lanes, rows = shape
@@ -131,12 +132,12 @@ def _transposed(P: Any, v: Any, product: Any, shape: Any, counter: Any) -> None:
         begin = some * uint64(taken(counter))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _product_by_team(address: int, threads: int, arguments: Any) -> Any:
     return in_team(address, threads, _product, arguments)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _transposed_by_team(address: int, threads: int, arguments: Any) -> Any:
     return in_team(address, threads, _transposed, arguments)
 

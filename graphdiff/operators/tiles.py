@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types, uint64
+from numba import types, uint64
 from numba.core.cgutils import alloca_once
 from numba.extending import intrinsic
 from torch import Tensor
 
+from graphdiff.operators.compiled import compiled
 from graphdiff.operators.threads import in_team, shared, taken, worthwhile
 from graphdiff.operators.vectors import Writer, registers
 
@@ -194,7 +195,7 @@ def _both_ways(
 # --- nodes [begin, end) of a graph, all of whose nodes stand in panels, filled up with 0
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _placed(x: Any, panels: Any, at: int) -> None:
     """x [N, C] as channels of panels, from the one `at` on."""
     first, node, panel = uint64(at), uint64(0), uint64(0)
@@ -206,7 +207,7 @@ def _placed(x: Any, panels: Any, at: int) -> None:
             node, panel = uint64(0), panel + uint64(1)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _turned(panels: Any, begin: Any, channels: Any, rows: Any) -> None:
     """The channels of nodes from `begin` on, side by side; 0 beyond the last panel."""
     apart = uint64(panels.shape[2])
@@ -220,7 +221,7 @@ def _turned(panels: Any, begin: Any, channels: Any, rows: Any) -> None:
             node, panel = uint64(0), panel + uint64(1)
 
 
-@njit(cache=True, nogil=True)
+@compiled(error_model="numpy")
 def _forward(features: Any, columns: Any, value: Any, lse: Any, depth: int, shape: Any, counter: Any) -> None:
     """Value and lse, for panels of ψ and [w y, w]."""
     lanes, nodes, _ = shape
@@ -247,7 +248,7 @@ def _forward(features: Any, columns: Any, value: Any, lse: Any, depth: int, shap
         i = row * uint64(taken(counter))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _transposed(
     features: Any,
     columns: Any,
@@ -279,7 +280,7 @@ def _transposed(
         i = row * uint64(taken(counter))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _backward(
     features: Any,
     columns: Any,
@@ -326,17 +327,17 @@ def _backward(
         i = row * uint64(taken(counter))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _forward_by_team(address: int, threads: int, arguments: Any) -> Any:
     return in_team(address, threads, _forward, arguments)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _transposed_by_team(address: int, threads: int, arguments: Any) -> Any:
     return in_team(address, threads, _transposed, arguments)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _backward_by_team(address: int, threads: int, arguments: Any) -> Any:
     return in_team(address, threads, _backward, arguments)
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, uint64
+from numba import uint64
 from numba.extending import intrinsic
 
+from graphdiff.operators.compiled import compiled
 from graphdiff.operators.rows import block, ordered
 from graphdiff.solvers.sweeps import (
     SOON,
@@ -69,7 +70,7 @@ def split(
     return lower, (ends[1], into[edges:second], of[edges:second]), scales, bound
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _split(
     starts: Any,
     nodes: Any,
@@ -129,7 +130,7 @@ def _split(
 # --- a block of signals
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _turned(upper: Any, r: Any, p: Any, v: Any, turn: Any, along: Any, t: Any, lanes: Any) -> None:
     """p ← r + turn·(p − along·v) and t = (I − U)⁻¹ p."""
     starts, nodes, values = upper
@@ -144,7 +145,7 @@ def _turned(upper: Any, r: Any, p: Any, v: Any, turn: Any, along: Any, t: Any, l
         store(t, a, q)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _seen(lower: Any, p: Any, t: Any, w: Any, shadow: Any, sums: Any, lanes: Any) -> None:
     """w = (I − L)⁻¹(p − t), and ⟨shadow, t + w⟩ into a row of `sums`."""
     starts, nodes, values = lower
@@ -160,7 +161,7 @@ def _seen(lower: Any, p: Any, t: Any, w: Any, shadow: Any, sums: Any, lanes: Any
     store(sums, uint64(0), (s0 + s1) + (s2 + s3))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _halfway(
     upper: Any,
     x: Any,
@@ -193,7 +194,7 @@ def _halfway(
         store(t, a, q)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _lessened(lower: Any, r: Any, t: Any, w: Any, sums: Any, lanes: Any) -> None:
     """w = (I − L)⁻¹(r − t); ⟨r, t + w⟩ and ⟨t + w, t + w⟩ into `sums`."""
     starts, nodes, values = lower
@@ -212,7 +213,7 @@ def _lessened(lower: Any, r: Any, t: Any, w: Any, sums: Any, lanes: Any) -> None
     store(sums, uint64(1), (b0 + b1) + (b2 + b3))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def moved(
     x: Any,
     r: Any,
@@ -241,7 +242,7 @@ def moved(
     store(sums, uint64(1), (b0 + b1) + (b2 + b3) if summed else larger(larger(b0, b1), larger(b2, b3)))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def iterated(
     lower: Any,
     upper: Any,

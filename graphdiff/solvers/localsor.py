@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import float32, njit, uint8, uint64
 
+from graphdiff.operators.compiled import compiled
 from graphdiff.operators.rows import ordered
 from graphdiff.solvers.push import EDGES, PART, Array, Columns
 from graphdiff.solvers.sweeps import load, store, wide, zeros
@@ -230,7 +231,7 @@ class Local:
         return not self.exhausted
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def triangles(starts: Any, nodes: Any, values: Any, order: Any, roots: Any) -> Any:
     """The place of each node, the triangles of S, and its diagonal, by the rows of P; see `Halves`."""
     count, edges = uint64(len(order)), len(nodes)
@@ -260,7 +261,7 @@ def triangles(starts: Any, nodes: Any, values: Any, order: Any, roots: Any) -> A
     return place, lower, (above, into_above[:second].copy(), of_above[:second].copy()), loop
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def pushed(
     starts: Any,
     nodes: Any,
@@ -350,7 +351,7 @@ def pushed(
     return end
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def refreshed(
     starts: Any, nodes: Any, values: Any, mu: float, source: int, x: Any, r: Any, known: Any, counts: Any
 ) -> None:
@@ -372,7 +373,7 @@ def refreshed(
     counts[4] += counts[2]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def multiplied(starts: Any, nodes: Any, values: Any, mu: float, x: Any, y: Any) -> None:
     """y = µPᵀx."""
     y[:] = 0.0
@@ -400,7 +401,7 @@ def summed(nodes: Any, values: Any, x: Any, first: Any, last: Any) -> Any:
     return (s0 + s1) + (s2 + s3)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def entered(lower: Any, scales: Any, unit: float, residual: Any, rho: Any) -> None:
     """ρ = (∆ − µL)⁻¹ times a residual."""
     starts, nodes, values = lower
@@ -410,7 +411,7 @@ def entered(lower: Any, scales: Any, unit: float, residual: Any, rho: Any) -> No
         rho[a] = float32(residual[a] / (unit * root[a] * diagonal[a])) + rate[a] * total
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def stepped(
     lower: Any, upper: Any, rate: Any, vectors: Any, rows: Any, numbers: Any, most: int, lanes: Any
 ) -> int:
@@ -460,7 +461,7 @@ def stepped(
     return most
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def looked(
     lower: Any, mu: float, scales: Any, unit: float, start: Any, vectors: Any, numbers: Any, y: Any, r: Any
 ) -> None:
