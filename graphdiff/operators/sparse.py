@@ -10,6 +10,7 @@ differentiating the CSR product would fill an N×N matrix.
 Where nodes have no edge out, P = Q + a wᵀ: Q holds the edges, a marks those nodes, w is where they jump.
 """
 
+import copy
 import functools
 import warnings
 from collections.abc import Iterator, Sequence
@@ -555,7 +556,7 @@ class SparseTransition(Transition):
             steps = self.values.to(y.dtype).unsqueeze(-1) * flat.index_select(0, out_of)
             product = torch.zeros_like(flat).index_add(0, into, steps)
         elif _scipy_is_fastest(self.values, y):
-            matrix = self._matrices[transposed]
+            matrix = self._transposed_matrix if transposed else self._matrix
             product = torch.from_numpy(matrix @ flat.detach().numpy())
         elif transposed:
             indptr, indices, _ = self._pattern.transpose
@@ -565,12 +566,7 @@ class SparseTransition(Transition):
         return product.reshape(columns.shape).movedim(0, -2).contiguous()
 
     @cached_property
-    def _matrices(self) -> tuple[Any, Any]:
-        """The edges and their transpose on the same arrays, for scipy."""
-        matrix = self._edges_to_scipy()
-        return matrix, matrix.T
-
-    def _edges_to_scipy(self) -> Any:
+    def _matrix(self) -> Any:
         """The edges as a `scipy.sparse.csr_array`."""
         from scipy import sparse
 
@@ -579,6 +575,11 @@ class SparseTransition(Transition):
             (values.numpy(), self.indices.cpu().numpy(), self.indptr.cpu().numpy()),
             shape=tuple(self.shape[-2:]),
         )
+
+    @cached_property
+    def _transposed_matrix(self) -> Any:
+        """Its transpose, on the same arrays."""
+        return self._matrix.T
 
     @cached_property
     def _values_by_column(self) -> Tensor:
@@ -629,7 +630,8 @@ class SparseTransition(Transition):
         """
         if not self.sparse:
             return super().to_scipy()
-        return self._edges_to_scipy()
+        # Another object on the same arrays: scipy checks the arrays of one that is made anew.
+        return copy.copy(self._matrix)
 
     def sweep_order(self) -> tuple[Any, bool]:
         """As of any sparse operator; found once for all on the same edges."""
