@@ -12,6 +12,7 @@ Where nodes have no edge out, P = Q + a wᵀ: Q holds the edges, a marks those n
 
 import copy
 import functools
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,8 @@ from graphdiff.operators.neighbours import nearest_pairs
 
 Dangling = Literal["self", "uniform", "restart", "error"] | Tensor
 
+# With fewer edges a walk is built sooner than numba is imported, and so it is unless that is done already.
+FEW_EDGES = 2**16
 # No sum or square of weights between these overflows or vanishes.
 ORDINARY = 1e-15, 1e15
 
@@ -854,6 +857,12 @@ def _compiled() -> Any:
     return rows
 
 
+def _worth_compiling(edges: int) -> bool:
+    """Whether so many edges are to be passed over by compiled code; where it is there, which has the same bits."""
+    loaded = "graphdiff.operators.rows" in sys.modules
+    return (loaded or edges >= FEW_EDGES) and _compiled() is not None
+
+
 def _in_rows(A: Any) -> bool:
     """Whether the edges of a scipy matrix stand in sorted rows without repetitions."""
     return (
@@ -872,9 +881,11 @@ def _compiled_walk(
     What a walk is checked for follows from how its numbers come about.
     """
     on_cpu = torch.device(device or "cpu").type == "cpu"
-    if not on_cpu or dtype not in (torch.float32, torch.float64) or not _in_rows(A) or _compiled() is None:
+    if not on_cpu or dtype not in (torch.float32, torch.float64) or not _in_rows(A):
         return None
     nodes, edges = A.shape[0], len(A.indices)
+    if not _worth_compiling(edges):
+        return None
     number = "i4" if max(nodes, edges) < 2**31 else "i8"
     weight, value = np.ascontiguousarray(A.data, "f8"), "f4" if dtype == torch.float32 else "f8"
     found = _compiled().block((nodes + 1, number), (edges, number), (edges, value), (nodes, "f8"))
@@ -978,7 +989,7 @@ def _symmetric(pattern: "_Pattern", weight: Tensor) -> bool:
         kept = there.long().cumsum(0).to(pattern.indptr.dtype)
         starts = torch.cat([kept.new_zeros(1), kept])[pattern.indptr.long()]
         pattern, weight = _Pattern(starts, pattern.indices[there], None), weight[there]
-    if weight.device.type == "cpu" and _compiled() is not None:
+    if weight.device.type == "cpu" and _worth_compiling(len(weight)):
         rows = pattern.indptr.numpy(), pattern.indices.numpy(), weight.numpy()
         return bool(_compiled().symmetric(*rows))
     if not torch.equal(pattern.indptr.diff(), pattern.arrivals.to(pattern.indptr.dtype)):

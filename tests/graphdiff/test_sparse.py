@@ -1,6 +1,9 @@
 """Walks given by their edges, by an image or by a product: every constructor against the dense matrix."""
 
+import importlib.util
+import subprocess
 import sys
+import textwrap
 from unittest.mock import patch
 
 import numpy as np
@@ -287,7 +290,8 @@ def rows_of_numbers(draw):
     st.sampled_from([None, None, True, False]),
 )
 def test_walks_have_the_same_bits_with_numba_and_without(A, dtype, reversible):
-    pytest.importorskip("numba")
+    # Once it is loaded, few edges are passed over by it too.
+    pytest.importorskip("graphdiff.operators.rows")
 
     def make():
         return gd.SparseTransition.from_scipy(A, dtype=dtype, reversible=reversible)
@@ -307,6 +311,23 @@ def test_walks_have_the_same_bits_with_numba_and_without(A, dtype, reversible):
         assert P.reversible == torch.equal(W, W.T)
     assert repr(P) == repr(plain)
     gd.SparseTransition(P.indptr, P.indices, P.values)  # every check that was left out
+
+
+def test_a_small_walk_does_not_wait_for_numba_and_a_large_one_does_not_do_without():
+    script = f"""
+        import sys
+        import numpy as np, scipy.sparse as sp, graphdiff as gd
+        small, large = sp.csr_array(np.ones((4, 4))), sp.csr_array(np.ones((257, 257)))
+        assert large.nnz >= {sparse_module.FEW_EDGES} > 256
+        for A in (small, large):
+            assert gd.SparseTransition.from_scipy(A).reversible
+            print("numba" in sys.modules)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120
+    )
+    there = importlib.util.find_spec("numba") is not None
+    assert done.stdout.split() == ["False", str(there)], done.stderr
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
