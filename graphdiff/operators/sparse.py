@@ -858,7 +858,7 @@ def _compiled() -> Any:
 
 
 def _worth_compiling(edges: int) -> bool:
-    """Whether so many edges are to be passed over by compiled code; where it is there, which has the same bits."""
+    """Whether compiled code, which has the same bits, is to pass over so many edges, and is there."""
     loaded = "graphdiff.operators.rows" in sys.modules
     return (loaded or edges >= FEW_EDGES) and _compiled() is not None
 

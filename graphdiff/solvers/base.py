@@ -452,7 +452,8 @@ def _solve_some(
         initial = rhs.new_zeros(()).expand_as(rhs)
         # What is left above the target is the certificate's own rounding: make room for it.
         target = 0.1 * target
-    return Certified(best.x, best.lower, best.upper, best.bound, best.rounding, steps, best.matvecs)
+    x = best.x.contiguous()  # which may be one 0 for all nodes
+    return Certified(x, best.lower, best.upper, best.bound, best.rounding, steps, best.matvecs)
 
 
 class _Best:
@@ -537,7 +538,7 @@ class _Best:
         return residual, low, high, extra + self._arithmetic(low, high)
 
     def _interval(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Bounds of the entries of x* − x, both [..., 1, K]; in the 1-norm, total masses below and above 0."""
+        """Bounds of the entries of x* − x, both [..., 1, K]; in the 1-norm, masses below and above 0."""
         if self.norm == "inf":
             q = torch.div(residual, self.remaining, out=self.scratch)
             return q.amin(-2, keepdim=True), q.amax(-2, keepdim=True)

@@ -366,6 +366,14 @@ def test_the_last_edge_of_a_row_has_no_mirror_image_in_the_next_row():
     assert gd.SparseTransition.from_scipy(sp.csr_array((W + W.T).numpy())).reversible
 
 
+def test_an_edge_into_a_last_row_that_is_used_up_has_no_mirror_image_behind_all_edges():
+    rows = pytest.importorskip("graphdiff.operators.rows")
+    A = sp.csr_array([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    # What lies behind them looks like one.
+    nodes, weights = np.append(A.indices, 1), np.append(A.data, 1.0)
+    assert not rows.symmetric(A.indptr, nodes[:-1], weights[:-1])
+
+
 def test_an_order_to_sweep_in_is_found_once_for_all_walks_along_the_same_edges():
     pytest.importorskip("numba")
     path = from_edges(torch.tensor([[0, 1, 2], [1, 2, 3]]), undirected=True)
