@@ -8,7 +8,6 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Any, Literal, Self
 
 import torch
@@ -126,12 +125,12 @@ class Transition(ABC):
         """The transpose, which conserves mass: columns sum to 1."""
         return TransposedTransition(self)
 
-    @cached_property
+    @property
     def dtype(self) -> torch.dtype:
         """Of the operator's numbers."""
         return self.tensors()[0].dtype
 
-    @cached_property
+    @property
     def device(self) -> torch.device:
         """Where the operator's tensors lie."""
         return self.tensors()[0].device
