@@ -10,7 +10,9 @@ differentiating the CSR product would fill an N×N matrix.
 Where nodes have no edge out, P = Q + a wᵀ: Q holds the edges, a marks those nodes, w is where they jump.
 """
 
+import copy
 import functools
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +30,8 @@ from graphdiff.operators.neighbours import nearest_pairs
 
 Dangling = Literal["self", "uniform", "restart", "error"] | Tensor
 
+# With fewer edges a walk is built sooner than numba is imported, and so it is unless that is done already.
+FEW_EDGES = 2**16
 # No sum or square of weights between these overflows or vanishes.
 ORDINARY = 1e-15, 1e15
 
@@ -555,7 +559,7 @@ class SparseTransition(Transition):
             steps = self.values.to(y.dtype).unsqueeze(-1) * flat.index_select(0, out_of)
             product = torch.zeros_like(flat).index_add(0, into, steps)
         elif _scipy_is_fastest(self.values, y):
-            matrix = self._matrices[transposed]
+            matrix = self._transposed_matrix if transposed else self._matrix
             product = torch.from_numpy(matrix @ flat.detach().numpy())
         elif transposed:
             indptr, indices, _ = self._pattern.transpose
@@ -565,12 +569,7 @@ class SparseTransition(Transition):
         return product.reshape(columns.shape).movedim(0, -2).contiguous()
 
     @cached_property
-    def _matrices(self) -> tuple[Any, Any]:
-        """The edges and their transpose on the same arrays, for scipy."""
-        matrix = self._edges_to_scipy()
-        return matrix, matrix.T
-
-    def _edges_to_scipy(self) -> Any:
+    def _matrix(self) -> Any:
         """The edges as a `scipy.sparse.csr_array`."""
         from scipy import sparse
 
@@ -579,6 +578,11 @@ class SparseTransition(Transition):
             (values.numpy(), self.indices.cpu().numpy(), self.indptr.cpu().numpy()),
             shape=tuple(self.shape[-2:]),
         )
+
+    @cached_property
+    def _transposed_matrix(self) -> Any:
+        """Its transpose, on the same arrays."""
+        return self._matrix.T
 
     @cached_property
     def _values_by_column(self) -> Tensor:
@@ -629,7 +633,8 @@ class SparseTransition(Transition):
         """
         if not self.sparse:
             return super().to_scipy()
-        return self._edges_to_scipy()
+        # Another object on the same arrays: scipy checks the arrays of one that is made anew.
+        return copy.copy(self._matrix)
 
     def sweep_order(self) -> tuple[Any, bool]:
         """As of any sparse operator; found once for all on the same edges."""
@@ -852,6 +857,12 @@ def _compiled() -> Any:
     return rows
 
 
+def _worth_compiling(edges: int) -> bool:
+    """Whether compiled code, which has the same bits, is to pass over so many edges, and is there."""
+    loaded = "graphdiff.operators.rows" in sys.modules
+    return (loaded or edges >= FEW_EDGES) and _compiled() is not None
+
+
 def _in_rows(A: Any) -> bool:
     """Whether the edges of a scipy matrix stand in sorted rows without repetitions."""
     return (
@@ -870,9 +881,11 @@ def _compiled_walk(
     What a walk is checked for follows from how its numbers come about.
     """
     on_cpu = torch.device(device or "cpu").type == "cpu"
-    if not on_cpu or dtype not in (torch.float32, torch.float64) or not _in_rows(A) or _compiled() is None:
+    if not on_cpu or dtype not in (torch.float32, torch.float64) or not _in_rows(A):
         return None
     nodes, edges = A.shape[0], len(A.indices)
+    if not _worth_compiling(edges):
+        return None
     number = "i4" if max(nodes, edges) < 2**31 else "i8"
     weight, value = np.ascontiguousarray(A.data, "f8"), "f4" if dtype == torch.float32 else "f8"
     found = _compiled().block((nodes + 1, number), (edges, number), (edges, value), (nodes, "f8"))
@@ -976,7 +989,7 @@ def _symmetric(pattern: "_Pattern", weight: Tensor) -> bool:
         kept = there.long().cumsum(0).to(pattern.indptr.dtype)
         starts = torch.cat([kept.new_zeros(1), kept])[pattern.indptr.long()]
         pattern, weight = _Pattern(starts, pattern.indices[there], None), weight[there]
-    if weight.device.type == "cpu" and _compiled() is not None:
+    if weight.device.type == "cpu" and _worth_compiling(len(weight)):
         rows = pattern.indptr.numpy(), pattern.indices.numpy(), weight.numpy()
         return bool(_compiled().symmetric(*rows))
     if not torch.equal(pattern.indptr.diff(), pattern.arrivals.to(pattern.indptr.dtype)):

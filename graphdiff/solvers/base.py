@@ -315,19 +315,6 @@ def bounding(operator: Transition, mu: Tensor) -> Callable[[Tensor], Tensor]:
     return bound
 
 
-def _residual_interval(
-    operator: Transition, mu: Tensor, residual: Tensor, scratch: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Bounds of the entries of x* − x, both [..., 1, K]; in the 1-norm, total masses below and above 0."""
-    remaining = remaining_of(operator, mu)
-    if norm_of(operator) == "inf":
-        q = torch.div(residual, remaining, out=scratch)
-        return q.amin(-2, keepdim=True), q.amax(-2, keepdim=True)
-    below = torch.clamp(residual, max=0, out=scratch).sum(-2, keepdim=True)
-    above = torch.clamp(residual, min=0, out=scratch).sum(-2, keepdim=True)
-    return below / remaining, above / remaining
-
-
 def _interval_norm(low: Tensor, high: Tensor, norm: Norm) -> Tensor:
     return torch.maximum(low.abs(), high.abs()) if norm == "inf" else high - low
 
@@ -442,7 +429,7 @@ def _solve_some(
         best.matvecs = best.matvecs + torch.where(pending.squeeze(-2), found.matvecs, 0)
         candidate, before = best.x + found.x.to(rhs.dtype), best.bound
         if attempt == 0 and operator.dtype != rhs.dtype:
-            slack = _slack(operator, mu, best.initial_size, best.rhs_size, operator.dtype)
+            slack = best.slack(operator, best.initial_size)
             best.judge(candidate, pending & (2 * slack <= allowed), operator.dtype)
             pending = pending & ~(best.bound <= allowed)
         asked = pending
@@ -465,7 +452,8 @@ def _solve_some(
         initial = rhs.new_zeros(()).expand_as(rhs)
         # What is left above the target is the certificate's own rounding: make room for it.
         target = 0.1 * target
-    return Certified(best.x, best.lower, best.upper, best.bound, best.rounding, steps, best.matvecs)
+    x = best.x.contiguous()  # which may be one 0 for all nodes
+    return Certified(x, best.lower, best.upper, best.bound, best.rounding, steps, best.matvecs)
 
 
 class _Best:
@@ -475,13 +463,14 @@ class _Best:
         self, operator: Transition, mu: Tensor, rhs: Tensor, initial: Tensor, allowed: Tensor
     ) -> None:
         self.operator, self.mu, self.rhs, self.norm = operator, mu, rhs, norm_of(operator)
-        self.x, self.residual = torch.zeros_like(rhs), rhs
+        self.x, self.residual = rhs.new_zeros(()).expand_as(rhs), rhs
         # Written over again and again: new memory costs several times what a sum over it does.
-        self.scratch = torch.empty_like(self.x)
-        self.spare: Tensor | None = None
+        self.scratch = torch.empty_like(rhs)
+        self.remaining = remaining_of(operator, mu)
+        self.least = self.remaining.amin(-2, keepdim=True)
         self.rhs_size, self.initial_size = (size(t, self.norm, self.scratch) for t in (rhs, initial))
-        low, high = _residual_interval(operator, mu, rhs, self.scratch)
-        extra = _arithmetic(operator, mu, rhs, low, high)
+        low, high = self._interval(rhs)
+        extra = self._arithmetic(low, high)
         self.rounding = _interval_norm(-extra, extra, self.norm)
         low, high = low - extra, high + extra
         self.lower, self.upper = low.expand_as(rhs), high.expand_as(rhs)
@@ -502,18 +491,19 @@ class _Best:
         # bound, because the error is e = r + MPe, and what lies between low and high is not e alone but Pe.
         # reach·(low − extra) − (1 − reach)·extra is reach·low − extra.
         reach, walked = self._reach(operator), torch.add(candidate, residual, out=self.scratch)
-        if self.spare is None:
-            # Until now the same for all nodes.
-            self.lower, self.upper = self.lower.contiguous(), self.upper.contiguous()
-            self.spare = torch.empty_like(self.x)
+        ends = []
         for end, best, share, narrower in (
             (low, self.lower, -extra, torch.maximum),
             (high, self.upper, extra, torch.minimum),
         ):
-            found = torch.addcmul(walked, reach, end, out=self.spare).add_(share)
+            if reach.shape[-2] == 1:
+                found = walked + (reach * end + share)
+            else:
+                found = torch.addcmul(walked, reach, end).add_(share)
             if not bool(asked.all()):
                 torch.where(asked, found, best, out=found)
-            narrower(found, best, out=best)
+            ends.append(narrower(found, best, out=found))
+        self.lower, self.upper = ends
         # 0 may have the smaller bound, but unless it is the first guess it is nobody's answer: where it is
         # not good enough the solver's first takes its place, if that is not so large that 0 must be nearer.
         # What is known of x* holds for both.
@@ -529,7 +519,7 @@ class _Best:
             better = better | worse
         rounding = _interval_norm(-extra, extra, self.norm)
         if not bool(better.all()):
-            candidate = torch.where(better, candidate, self.x, out=self.x)
+            candidate = torch.where(better, candidate, self.x)
             torch.where(better, residual, self.residual, out=residual)
             bound = torch.where(better, bound, self.bound)
             rounding = torch.where(better, rounding, self.rounding)
@@ -542,10 +532,31 @@ class _Best:
         """
         dtype, rhs, mu = operator.dtype, self.rhs, self.mu
         walked = operator.matmul(x.to(dtype))
-        residual = (mu.to(dtype) * walked).sub_(x.to(dtype)).add_(rhs.to(dtype)).to(rhs.dtype)
-        low, high = _residual_interval(operator, mu, residual, self.scratch)
-        extra = _slack(operator, mu, size(x, self.norm, self.scratch), self.rhs_size, dtype)
-        return residual, low, high, extra + _arithmetic(operator, mu, rhs, low, high)
+        residual = torch.addcmul(rhs.to(dtype), mu.to(dtype), walked).sub_(x.to(dtype)).to(rhs.dtype)
+        low, high = self._interval(residual)
+        extra = self.slack(operator, size(x, self.norm, self.scratch))
+        return residual, low, high, extra + self._arithmetic(low, high)
+
+    def _interval(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds of the entries of x* − x, both [..., 1, K]; in the 1-norm, masses below and above 0."""
+        if self.norm == "inf":
+            q = torch.div(residual, self.remaining, out=self.scratch)
+            return q.amin(-2, keepdim=True), q.amax(-2, keepdim=True)
+        # From their sum and their difference, in fewer passes than one by one. No rounding makes the sum
+        # larger than that of magnitudes, which is added up in the same order.
+        mass, magnitude = residual.sum(-2, keepdim=True), size(residual, "one", self.scratch)
+        return (mass - magnitude) / (2 * self.remaining), (mass + magnitude) / (2 * self.remaining)
+
+    def slack(self, operator: Transition, x_size: Tensor) -> Tensor:
+        """What rounding in the operator's dtype adds to the bound of an answer of that size, [..., 1, K]."""
+        eps = torch.finfo(operator.dtype).eps
+        slack = operator.rounding(operator.dtype) * x_size + 2 * eps * (2 * x_size + self.rhs_size)
+        return slack / self.least
+
+    def _arithmetic(self, low: Tensor, high: Tensor) -> Tensor:
+        """What rounding of the bounds can hide: quotients by 1 − µ, in the 1-norm sums of N terms."""
+        terms = 8 + (self.rhs.shape[-2] if self.norm == "one" else 0)
+        return terms * torch.finfo(self.rhs.dtype).eps / self.least * _interval_norm(low, high, self.norm)
 
     def _reach(self, operator: Transition) -> Tensor:
         """µ·rowsum, [..., 1 or N, 1 or K]: what of the bounds of e a walk passes on to each node."""
@@ -558,17 +569,3 @@ class _Best:
 def cast_error(x: Tensor, dtype: torch.dtype, norm: Norm) -> Tensor:
     """What rounding x to `dtype` can cost, [..., 1, K]: half a unit in the last place of each entry."""
     return x.new_zeros(()) if dtype == x.dtype else size(x, norm) * (torch.finfo(dtype).eps / 2)
-
-
-def _slack(operator: Transition, mu: Tensor, x_size: Tensor, rhs_size: Tensor, dtype: torch.dtype) -> Tensor:
-    """What rounding in `dtype` adds to the bound of an answer of that size, [..., 1, K]."""
-    slack = operator.rounding(dtype) * x_size + 2 * torch.finfo(dtype).eps * (2 * x_size + rhs_size)
-    return slack / remaining_of(operator, mu).amin(-2, keepdim=True)
-
-
-def _arithmetic(operator: Transition, mu: Tensor, rhs: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """What rounding of the bounds themselves can hide: quotients by 1 − µ, in the 1-norm sums of N terms."""
-    norm = norm_of(operator)
-    terms = 8 + (rhs.shape[-2] if norm == "one" else 0)
-    remaining = remaining_of(operator, mu).amin(-2, keepdim=True)
-    return terms * torch.finfo(rhs.dtype).eps / remaining * _interval_norm(low, high, norm)

@@ -1,6 +1,9 @@
 """Walks given by their edges, by an image or by a product: every constructor against the dense matrix."""
 
+import importlib.util
+import subprocess
 import sys
+import textwrap
 from unittest.mock import patch
 
 import numpy as np
@@ -287,7 +290,8 @@ def rows_of_numbers(draw):
     st.sampled_from([None, None, True, False]),
 )
 def test_walks_have_the_same_bits_with_numba_and_without(A, dtype, reversible):
-    pytest.importorskip("numba")
+    # Once it is loaded, few edges are passed over by it too.
+    pytest.importorskip("graphdiff.operators.rows")
 
     def make():
         return gd.SparseTransition.from_scipy(A, dtype=dtype, reversible=reversible)
@@ -307,6 +311,23 @@ def test_walks_have_the_same_bits_with_numba_and_without(A, dtype, reversible):
         assert P.reversible == torch.equal(W, W.T)
     assert repr(P) == repr(plain)
     gd.SparseTransition(P.indptr, P.indices, P.values)  # every check that was left out
+
+
+def test_a_small_walk_does_not_wait_for_numba_and_a_large_one_does_not_do_without():
+    script = f"""
+        import sys
+        import numpy as np, scipy.sparse as sp, graphdiff as gd
+        small, large = sp.csr_array(np.ones((4, 4))), sp.csr_array(np.ones((257, 257)))
+        assert large.nnz >= {sparse_module.FEW_EDGES} > 256
+        for A in (small, large):
+            assert gd.SparseTransition.from_scipy(A).reversible
+            print("numba" in sys.modules)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120
+    )
+    there = importlib.util.find_spec("numba") is not None
+    assert done.stdout.split() == ["False", str(there)], done.stderr
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
@@ -343,6 +364,14 @@ def test_the_last_edge_of_a_row_has_no_mirror_image_in_the_next_row():
     W[0, 2] = W[2, 0] = W[1, 3] = W[3, 1] = W[1, 2] = 1.0
     assert not gd.SparseTransition.from_scipy(sp.csr_array(W.numpy())).reversible
     assert gd.SparseTransition.from_scipy(sp.csr_array((W + W.T).numpy())).reversible
+
+
+def test_an_edge_into_a_last_row_that_is_used_up_has_no_mirror_image_behind_all_edges():
+    rows = pytest.importorskip("graphdiff.operators.rows")
+    A = sp.csr_array([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    # What lies behind them looks like one.
+    nodes, weights = np.append(A.indices, 1), np.append(A.data, 1.0)
+    assert not rows.symmetric(A.indptr, nodes[:-1], weights[:-1])
 
 
 def test_an_order_to_sweep_in_is_found_once_for_all_walks_along_the_same_edges():

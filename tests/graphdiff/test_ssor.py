@@ -1,5 +1,6 @@
 """SSOR: its condition number, its triangles and bounds, bits no neighbour changes, life without numba."""
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -204,6 +205,26 @@ def test_about_half_the_steps_of_cg_and_a_first_guess_off_by_a_constant_takes_no
         assert shifted.steps <= ours.steps + 1
         warm = gd.solve(Q, s, 0.99, tol=1e-8, solver=SSOR, initial=ours.value)
         assert warm.steps <= 2
+
+
+@with_numba
+def test_where_residuals_only_grow_the_start_is_left_in_place(monkeypatch):
+    from graphdiff.solvers import ssor
+    from graphdiff.solvers.base import Budget, Limits
+
+    # Chebyshev would go on from there.
+    monkeypatch.setattr(ssor, "carry_on", lambda solver, state, rhs, reached, *_: reached)
+    g = torch.Generator().manual_seed(3)
+    grid = gd.grid_transition(torch.zeros(1, 5, 5, **f64))
+    # Degrees that are not those of the walk: what is then swept is far from symmetric.
+    P = dataclasses.replace(grid, log_degree=20 * torch.randn(25, generator=g, **f64)).T
+    b, start = torch.randn(2, 25, 3, generator=g, **f64)
+    target, limits = torch.full((1, 3), 1e-8, **f64), Limits(None, Budget())
+    stays = (torch.arange(25) == 4)[:, None]
+    for mu in (torch.tensor([[0.99]], **f64), torch.where(stays, 0.0, 0.99).double()):
+        reached = SSOR.solve(SSOR.prepare(P, mu), b, start, target, limits)
+        assert (reached.steps > 0).all()
+        assert torch.equal(reached.x, torch.where(mu == 0, b, start))
 
 
 @with_numba
