@@ -7,7 +7,9 @@ where numba is not installed. This file is read where it is, and compiled when i
 from typing import Any
 
 import numpy as np
-from numba import njit, uint64
+from numba import uint64
+
+from graphdiff.operators.compiled import compiled
 
 # Colours counted apart; nodes beyond them share the last, which costs speed and no more.
 COLOURS = 256
@@ -29,7 +31,7 @@ def block(*parts: tuple[int, Any]) -> list[Any]:
     return arrays
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def normalised(
     starts: Any,
     nodes: Any,
@@ -68,7 +70,7 @@ def normalised(
     return True
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def symmetric(starts: Any, nodes: Any, weights: Any) -> bool:
     """Whether every edge has a mirror image of the very same weight, for rows in the order of their nodes.
 
@@ -93,7 +95,7 @@ def symmetric(starts: Any, nodes: Any, weights: Any) -> bool:
     return True
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _sorted(order: Any, key: Any, keys: int) -> Any:
     """The nodes of an order by their keys below `keys`, those of one key in the order they stand in."""
     place, found = np.zeros(keys + 1, np.int64), np.empty(len(order), np.uint32)
@@ -107,7 +109,7 @@ def _sorted(order: Any, key: Any, keys: int) -> Any:
     return found
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def ordered(starts: Any, nodes: Any) -> Any:
     """Nodes by colour, within one the largest degrees first, of these those with most edges back; [N] uint32.
 

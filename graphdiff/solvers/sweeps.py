@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import int64, njit, types, uint64
+from numba import int64, types, uint64
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic, models, overload, register_model
 
+from graphdiff.operators.compiled import compiled
 from graphdiff.operators.rows import block
 
 # So many rows ahead a row is asked for: rows in the order lie anywhere in memory.
@@ -200,7 +201,7 @@ def split(
     return lower, (ends[1], into[edges:second], of[edges:second]), scales, bound
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _split(
     starts: Any,
     nodes: Any,
@@ -270,7 +271,7 @@ def _split(
 # --- a block of signals
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def entered(
     triangles: Any, scales: Any, given: Any, start: Any, x: Any, r: Any, unit: Any, lanes: Any
 ) -> None:
@@ -307,7 +308,7 @@ def entered(
         store(r, a, q)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _less(lower: Any, upper: Any, x: Any, r: Any, lanes: Any) -> None:
     """r ← r − (I − L − Lᵀ)x."""
     (below, into_below, of_below), (above, into_above, of_above) = lower, upper
@@ -321,7 +322,7 @@ def _less(lower: Any, upper: Any, x: Any, r: Any, lanes: Any) -> None:
         store(r, a, q)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _back(upper: Any, r: Any, p: Any, turn: Any, t: Any, lanes: Any) -> None:
     """p ← r + turn·p and t = (I − Lᵀ)⁻¹ p."""
     starts, nodes, values = upper
@@ -335,7 +336,7 @@ def _back(upper: Any, r: Any, p: Any, turn: Any, t: Any, lanes: Any) -> None:
         store(t, a, q)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _forth(lower: Any, p: Any, t: Any, w: Any, sums: Any, lanes: Any) -> None:
     """w = (I − L)⁻¹(p − t), and ⟨p, t + w⟩ into a row of `sums`."""
     starts, nodes, values = lower
@@ -351,7 +352,7 @@ def _forth(lower: Any, p: Any, t: Any, w: Any, sums: Any, lanes: Any) -> None:
     store(sums, uint64(0), (s0 + s1) + (s2 + s3))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def moved(
     x: Any, r: Any, t: Any, w: Any, step: Any, weights: Any, summed: bool, sums: Any, lanes: Any
 ) -> None:
@@ -371,7 +372,7 @@ def moved(
     store(sums, uint64(1), (b0 + b1) + (b2 + b3) if summed else larger(larger(b0, b1), larger(b2, b3)))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def iterated(
     lower: Any,
     upper: Any,
@@ -409,7 +410,7 @@ def iterated(
             active[k] = goes_on and steps[k] - halved_at[k] < patience[k]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def left(order: Any, out: Any, x: Any, unit: Any, found: Any, added: bool, lanes: Any) -> None:
     """x in the order and the units of the right-hand sides, added to `found` [N, W] or in its place."""
     scale = load(unit, uint64(0), lanes)
