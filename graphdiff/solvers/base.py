@@ -32,6 +32,8 @@ NEAR = 4.0
 FOLDED = 32
 # Channels solved at a time: as many as fit with their numbers into this, and no fewer than these.
 CACHED, FEWEST = 2**18, {torch.float32: 32, torch.float64: 8}
+# Numbers of a vector of all signals that several threads solve at a time, at most.
+SHARED = 2**24
 # Terms of a sum that are added up in float32 before float64 goes on, and the weights that this suits.
 SUMMED, LIGHTEST = 64, 1e-9
 
@@ -137,6 +139,11 @@ class Solver(ABC):
     def together(self) -> bool:
         """Whether right-hand sides gain from each other, so that all of them are to be solved at a time."""
         return False
+
+    @property
+    def at_once(self) -> int:
+        """How many threads it takes, each with right-hand sides of its own."""
+        return 1
 
     def working_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """In which dtype it iterates for an operator of some dtype: that, unless written."""
@@ -383,7 +390,7 @@ def solve_certified(
         budget: Most steps a right-hand side may take, and seconds the whole.
     """
     channels = rhs.shape[-1]
-    width = channels if solver.together else _width(operator, mu, rhs, solver.working_dtype(operator.dtype))
+    width = channels if solver.together else _width(solver, operator, mu, rhs)
     done = []
     for first in range(0, channels, width):
         some = slice(first, first + width)
@@ -393,12 +400,14 @@ def solve_certified(
     return done[0] if len(done) == 1 else Certified(*(torch.cat(x, -1) for x in zip(*done, strict=True)))
 
 
-def _width(operator: Transition, mu: Tensor, rhs: Tensor, dtype: torch.dtype) -> int:
+def _width(solver: Solver, operator: Transition, mu: Tensor, rhs: Tensor) -> int:
     """Channels to solve at a time: a sparse product is fast where what it gathers is in the cache."""
     channels = rhs.shape[-1]
     if not operator.sparse or rhs.device.type != "cpu" or mu.shape[-1] > 1:
         return channels
-    return min(channels, max(FEWEST[dtype], CACHED // (rhs.numel() // channels)))
+    numbers, fewest = rhs.numel() // channels, FEWEST[solver.working_dtype(operator.dtype)]
+    threads = min(solver.at_once, max(1, SHARED // (numbers * fewest)))
+    return min(channels, max(threads * fewest, CACHED // numbers))
 
 
 def _solve_some(

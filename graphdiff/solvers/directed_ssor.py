@@ -24,7 +24,7 @@ from graphdiff.solvers.base import (
     remaining_of,
     steps_to,
 )
-from graphdiff.solvers.ssor import BURST, LINE, MANY, Progressed, fits
+from graphdiff.solvers.ssor import BURST, Line, Progressed, fits, lines_of, sweep_all
 from graphdiff.solvers.walk import Walk
 
 
@@ -48,7 +48,7 @@ class Swept(NamedTuple):
     mu: Tensor
     shadow: Any
     triangles: list[Triangles]
-    memory: dict[Any, Any]
+    memory: dict[int, dict[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ class DirectedSSOR(Solver):
 
     For sparse walks of any kind, and their transposes, on the CPU; `SSOR` is for reversible ones. A step
     costs four triangular solves, together the multiplications of two products. Several signals are swept at
-    a time, each stopping on its own, with the bits that it has alone. No theory bounds their number, as for
-    `BiCGSTAB`; where it breaks down or has used the products that walking would have needed, walking goes on.
+    a time, more of them by other threads, each stopping on its own, with the bits that it has alone. No
+    theory bounds their number, as for `BiCGSTAB`; where it breaks down or has used the products that walking
+    would have needed, walking goes on.
 
     The first solve after an installation compiles for some seconds and keeps the code beside the package, or
     in the user's cache where that cannot be written.
@@ -76,6 +77,11 @@ class DirectedSSOR(Solver):
         >>> [int(gd.pagerank(P, s, 0.99, tol=1e-6, solver=x).matvecs) for x in both]  # doctest: +SKIP
         [17, 24]
     """
+
+    @property
+    def at_once(self) -> int:
+        """As many as torch has threads."""
+        return torch.get_num_threads()
 
     @staticmethod
     def suits(operator: Transition) -> bool:
@@ -119,17 +125,14 @@ class DirectedSSOR(Solver):
         done = Progressed(target, torch.ones_like(target).expand(*batch, 1, channels), limits)
         which = torch.arange(len(triangles)).reshape(*mu.shape[:-2], mu.shape[-1])
         which = which.expand(*batch, channels).reshape(batch.numel(), channels)
-        columns = [slice(0, channels)] if mu.shape[-1] == 1 else [slice(k, k + 1) for k in range(channels)]
         arrays = [t.expand_as(y).reshape(-1, nodes, channels).numpy() for t in (rhs, start)]
         arrays.append(y.view(-1, nodes, channels).numpy())
-        for place in range(len(which)):
-            for some in columns:
-                number = int(which[place, some.start])
-                block = _Block(state, number, arrays[-1].dtype, some.stop - some.start)
-                for first in range(some.start, some.stop, block.width):
-                    part = slice(first, min(first + block.width, some.stop))
-                    b, guess, found = (t[place][:, part] for t in arrays)
-                    block.solve(b, guess, found, done, (place, part))
+
+        def sweep(line: Line, memory: dict[Any, Any]) -> None:
+            b, guess, found = (t[line.place][:, line.part] for t in arrays)
+            _Block(state, line, b.dtype, memory).solve(b, guess, found, done)
+
+        sweep_all(sweep, lines_of(which, mu.shape[-1], nodes, y.dtype), state.memory, done)
         if bool(pinned.any()):
             # Where µ_i = 0 the answer is b_i, to the last bit.
             y = torch.where(pinned, rhs, y)
@@ -141,13 +144,13 @@ class DirectedSSOR(Solver):
 
 
 class _Block:
-    """The memory for some signals of one µ, and what is swept in it."""
+    """The memory for a line of signals, and what is swept in it."""
 
-    def __init__(self, state: Swept, number: int, dtype: Any, channels: int) -> None:
-        operator, mu, self.shadow, triangles, memory = state
+    def __init__(self, state: Swept, line: Line, dtype: Any, memory: dict[Any, Any]) -> None:
+        operator, mu, self.shadow, triangles, _ = state
+        number, self.width, self.place = line.number, line.width, (line.place, line.part)
         self.triangles = found = triangles[number]
-        nodes, line = len(found.order), LINE // dtype.itemsize
-        self.width = line if channels >= line or (channels > 1 and nodes <= MANY) else 1
+        nodes = len(found.order)
         self.most = max(1, BURST // (2 * self.width * (len(found.lower[1]) + len(found.upper[1]) + nodes)))
         self.summed = norm_of(operator) == "one"
         self.rate = mu.amax(-2).reshape(-1)[number].double()
@@ -159,9 +162,9 @@ class _Block:
             memory[kind] = vectors, np.ones(nodes)
         self.vectors, self.ones = memory[kind]
 
-    def solve(self, given: Any, start: Any, found: Any, done: Progressed, place: Any) -> None:
+    def solve(self, given: Any, start: Any, found: Any, done: Progressed) -> None:
         """Put what solves for `given` in the place of `found`; all are [N, ≤ width]."""
-        sweeps, triangles = _sweeps(), self.triangles
+        sweeps, triangles, place = _sweeps(), self.triangles, self.place
         entered, left = sweeps.entered, sweeps.left
         lanes, width, wanted = (0,) * self.width, given.shape[1], found
         if width < self.width:

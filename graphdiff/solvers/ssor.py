@@ -6,6 +6,7 @@ of I − µS (1 + µ)/(1 − µ): for (I − L)(I − Lᵀ) = I − µS + LLᵀ,
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ class Swept(NamedTuple):
     mu: Tensor
     log_weight: Tensor
     triangles: list[Triangles]
-    memory: dict[Any, Any]
+    memory: dict[int, dict[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ class SSOR(Solver):
 
     For sparse reversible walks and their transposes on the CPU. A step costs two triangular solves, together
     the multiplications of one product, and about half as many steps are needed as by `CG`: at most those of a
-    condition number of 1 + µ²/(1 − µ). Several signals are swept at a time, each stopping on its own, with
-    the bits that it has alone. Where rounding stops it, `Chebyshev` goes on.
+    condition number of 1 + µ²/(1 − µ). Several signals are swept at a time, more of them by other threads,
+    each stopping on its own, with the bits that it has alone. Where rounding stops it, `Chebyshev` goes on.
 
     The first solve after an installation compiles for some seconds and keeps the code beside the package, or
     in the user's cache where that cannot be written.
@@ -86,6 +87,11 @@ class SSOR(Solver):
         >>> [int(gd.pagerank(P, s, 0.9, tol=1e-6, solver=x).steps) for x in both]  # doctest: +SKIP
         [18, 36]
     """
+
+    @property
+    def at_once(self) -> int:
+        """As many as torch has threads."""
+        return torch.get_num_threads()
 
     @staticmethod
     def suits(operator: Transition) -> bool:
@@ -138,17 +144,14 @@ class SSOR(Solver):
         done = Progressed(target, unit.expand(*batch, 1, channels), limits)
         which = torch.arange(len(triangles)).reshape(*mu.shape[:-2], mu.shape[-1])
         which = which.expand(*batch, channels).reshape(batch.numel(), channels)
-        columns = [slice(0, channels)] if mu.shape[-1] == 1 else [slice(k, k + 1) for k in range(channels)]
         arrays = [t.expand_as(y).reshape(-1, nodes, channels).numpy() for t in (given, start)]
         arrays.append(y.view(-1, nodes, channels).numpy())
-        for place in range(len(which)):
-            for some in columns:
-                number = int(which[place, some.start])
-                block = _Block(state, number, arrays[-1].dtype, some.stop - some.start)
-                for first in range(some.start, some.stop, block.width):
-                    part = slice(first, min(first + block.width, some.stop))
-                    b, guess, found = (t[place][:, part] for t in arrays)
-                    block.solve(b, guess, found, done, (place, part), pinned)
+
+        def sweep(line: Line, memory: dict[Any, Any]) -> None:
+            b, guess, found = (t[line.place][:, line.part] for t in arrays)
+            _Block(state, line, b.dtype, memory).solve(b, guess, found, done, pinned)
+
+        sweep_all(sweep, lines_of(which, mu.shape[-1], nodes, y.dtype), state.memory, done)
         steps = torch.from_numpy(done.steps).reshape(*batch, channels)
         unfinished = torch.from_numpy(~(done.bound <= done.target)).reshape(*batch, 1, channels)
         # The residual of the start, and a triangle at either end.
@@ -181,14 +184,63 @@ class Progressed:
         return bool(self.limits.going_on(active, steps, bound).any())
 
 
-class _Block:
-    """The memory for some signals of one µ, and what is swept in it."""
+class Line(NamedTuple):
+    """Signals that are swept at a time: which batch mate's, which, side by side with how many; their µ."""
 
-    def __init__(self, state: Swept, number: int, dtype: Any, channels: int) -> None:
-        operator, mu, log_weight, triangles, memory = state
+    place: int
+    part: slice
+    width: int
+    number: int
+
+
+def lines_of(which: Tensor, mus: int, nodes: int, dtype: torch.dtype) -> list[Line]:
+    """The lines of all signals, given which µ each has, [batch, K], and how many there are for channels."""
+    channels, lanes, lines = which.shape[-1], LINE // dtype.itemsize, []
+    # Those of a line have one µ.
+    apart = channels if mus == 1 else 1
+    width = lanes if apart >= lanes or (apart > 1 and nodes <= MANY) else 1
+    for place, numbers in enumerate(which.tolist()):
+        for first in range(0, channels, apart):
+            for start in range(first, first + apart, width):
+                part = slice(start, min(start + width, first + apart))
+                lines.append(Line(place, part, width, numbers[start]))
+    return lines
+
+
+def sweep_all(
+    sweep: Callable[[Line, dict[Any, Any]], None],
+    lines: list[Line],
+    memory: dict[int, dict[Any, Any]],
+    done: Progressed,
+) -> None:
+    """All lines, each by one of torch's number of threads, with memory of the thread's own."""
+    # Who is asked after every step hears of one line after the other.
+    threads = 1 if done.asked else min(torch.get_num_threads(), len(lines))
+    waiting = iter(lines)
+
+    def work(thread: int) -> None:
+        own = memory.setdefault(thread, {})
+        with torch.no_grad():
+            for line in waiting:
+                sweep(line, own)
+
+    if threads == 1:
+        work(0)
+    elif threads > 1:
+        # Which is read where numba is installed, as those who call this are.
+        from graphdiff.operators.threads import pythons
+
+        list(pythons(threads).map(work, range(threads)))
+
+
+class _Block:
+    """The memory for a line of signals, and what is swept in it."""
+
+    def __init__(self, state: Swept, line: Line, dtype: Any, memory: dict[Any, Any]) -> None:
+        operator, mu, log_weight, triangles, _ = state
+        number, self.width, self.place = line.number, line.width, (line.place, line.part)
         self.triangles = found = triangles[number]
-        nodes, line = len(found.order), LINE // dtype.itemsize
-        self.width = line if channels >= line or (channels > 1 and nodes <= MANY) else 1
+        nodes = len(found.order)
         self.most = max(1, BURST // (self.width * (len(found.lower[1]) + len(found.upper[1]) + nodes)))
         root, inverse, root_degree, weighted, inverse_mu, weighted_mu, weights = found.scales
         self.summed = operator.stochastic == "columns"
@@ -212,9 +264,9 @@ class _Block:
         self.vectors = memory[kind]
         self.loss = LOSS / np.finfo(dtype).eps
 
-    def solve(self, given: Any, start: Any, found: Any, done: "Progressed", place: Any, added: bool) -> None:
+    def solve(self, given: Any, start: Any, found: Any, done: Progressed, added: bool) -> None:
         """Put what solves for `given` in the place of `found`, or add it to that; all are [N, ≤ width]."""
-        sweeps, triangles = _sweeps(), self.triangles
+        sweeps, triangles, place = _sweeps(), self.triangles, self.place
         lanes, width, wanted = (0,) * self.width, given.shape[1], found
         if width < self.width:
             given, start, found = (

@@ -93,7 +93,7 @@ def test_the_triangles_are_those_of_the_system_and_what_bounds_the_residual_does
 @with_numba
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_signal_has_its_bits_and_steps_in_any_company(dtype, transposed):
+def test_a_signal_has_its_bits_and_steps_in_any_company_and_by_any_threads(dtype, transposed, monkeypatch):
     P = one_way(300, 2, share=0.02).to(dtype)
     P = P.T if transposed else P
     # More than two lines of lanes, and of one signal alone, two, a line, and a line and one.
@@ -107,6 +107,12 @@ def test_a_signal_has_its_bits_and_steps_in_any_company(dtype, transposed):
         alone = gd.solve(P, s[:, some], 0.95, solver=DirectedSSOR)
         assert torch.equal(alone.value, together.value[:, some])
         assert torch.equal(alone.steps, together.steps[some])
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        again = gd.solve(P, s.expand(2, 300, 37), 0.95, solver=DirectedSSOR)
+        for mate in (0, 1):
+            assert torch.equal(again.value[mate], together.value)
+            assert torch.equal(again.steps[mate], together.steps)
 
 
 @with_numba

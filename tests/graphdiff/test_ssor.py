@@ -113,7 +113,7 @@ def test_what_bounds_the_residual_does(nodes, seed, mu, each):
 @with_numba
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_signal_has_its_bits_and_steps_in_any_company(dtype, transposed):
+def test_a_signal_has_its_bits_and_steps_in_any_company_and_by_any_threads(dtype, transposed, monkeypatch):
     image = torch.rand(1, 15, 20, generator=torch.Generator().manual_seed(2), **f64)
     P = gd.grid_transition(image, beta=9.0).to(dtype)
     P = P.T if transposed else P
@@ -128,6 +128,12 @@ def test_a_signal_has_its_bits_and_steps_in_any_company(dtype, transposed):
         alone = gd.solve(P, s[:, some], 0.95, solver=SSOR)
         assert torch.equal(alone.value, together.value[:, some])
         assert torch.equal(alone.steps, together.steps[some])
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        again = gd.solve(P, s.expand(2, 300, 37), 0.95, solver=SSOR)
+        for mate in (0, 1):
+            assert torch.equal(again.value[mate], together.value)
+            assert torch.equal(again.steps[mate], together.steps)
 
 
 @with_numba
