@@ -141,7 +141,7 @@ class AttentionTransition(Transition):
         if 0 in self.shape or not HeldTransition.fits(self.shape, psi.dtype):
             return self
         batch, flat = _flattened(psi, self._weight())
-        P, lse = _each(functools.partial(strips.matrix, width=whole_lines(nodes, psi.dtype)), *flat)
+        P, lse = _each(functools.partial(_kernels(psi).matrix, width=whole_lines(nodes, psi.dtype)), *flat)
         return HeldTransition(self, P.reshape(*batch, *P.shape[-2:]), lse.reshape(*batch, nodes))
 
     def rows(self, index: Tensor | Sequence[int]) -> Tensor:

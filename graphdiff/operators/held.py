@@ -91,9 +91,13 @@ class HeldTransition(Transition):
 
 
 def whole_lines(nodes: int, dtype: torch.dtype) -> int:
-    """The number of entries, at least `nodes`, that fill up lines of 64 bytes."""
+    """The number of entries, at least `nodes`, that fill up lines of 64 bytes, but no pages of 4096.
+
+    The same column of many rows that lie pages apart would want the same few places in a cache.
+    """
     line = 64 // dtype.itemsize
-    return -(-nodes // line) * line
+    lines = -(-nodes // line)
+    return (lines + (lines % 64 == 0)) * line
 
 
 def product(P: Tensor, y: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from graphdiff.operators.compiled import compiled
+from graphdiff.operators.rows import block
 from graphdiff.operators.threads import in_team, shared, taken, worthwhile
 from graphdiff.operators.vectors import Writer, registers
 
@@ -162,6 +163,42 @@ def _below(typing: Any, tile: Any, rows: Any, levels: Any, first: Any, shape: An
 
 
 @intrinsic
+def _stored(
+    typing: Any,
+    tile: Any,
+    rows: Any,
+    factors: Any,
+    weights: Any,
+    P: Any,
+    i: Any,
+    j: Any,
+    whole: Any,
+    shape: Any,
+) -> Any:
+    """Rows of a tile times factors and weights into rows i on of P, `whole` vectors of each, columns j on."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        write = _Writer(context, builder, tile.dtype, shape)
+        entries, factor, weight, into = (
+            write.data(k, args[n]) for n, k in ((0, tile), (2, factors), (3, weights), (4, P))
+        )
+        width = builder.extract_value(context.make_array(P)(context, builder, args[4]).shape, 1)
+        factor, into = write.at(factor, args[5]), write.at(into, builder.mul(args[5], width), args[6])
+        weight = write.at(weight, args[6])
+        with write.loop(args[7]) as vector:
+            offset = write.times(vector.index, write.lanes)
+            counted = write.load(weight, offset)
+            with write.loop(args[1]) as row:
+                x = write.load(entries, write.times(row.index, write.row), offset)
+                x = builder.fmul(builder.fmul(x, write.spread(factor, row.index)), counted)
+                write.store(x, into, builder.mul(row.index, width), offset)
+        return write.nothing()
+
+    number = types.uint64
+    return types.none(tile, number, factors, weights, P, number, number, number, shape), code
+
+
+@intrinsic
 def _both_ways(
     typing: Any, tile: Any, a: Any, b: Any, rows: Any, own: Any, levels: Any, first: Any, shape: Any
 ) -> Any:
@@ -222,11 +259,12 @@ def _turned(panels: Any, begin: Any, channels: Any, rows: Any) -> None:
 
 
 @compiled(error_model="numpy")
-def _forward(features: Any, columns: Any, value: Any, lse: Any, depth: int, shape: Any, counter: Any) -> None:
-    """Value and lse, for panels of ψ and [w y, w]."""
+def _forward(
+    features: Any, columns: Any, value: Any, most: Any, degrees: Any, depth: int, shape: Any, counter: Any
+) -> None:
+    """Value, the largest logits, and the sums of w exp(logit − largest), for panels of ψ and [w y, w]."""
     lanes, nodes, _ = shape
-    row, total, number = uint64(VECTORS * len(lanes)), uint64(len(value)), features.dtype.type
-    channels = uint64(value.shape[1])
+    row, total, channels = uint64(VECTORS * len(lanes)), uint64(len(value)), uint64(value.shape[1])
     own, count = np.empty((uint64(depth), row), features.dtype), uint64(len(features))
     tile = np.empty((PANELS * len(nodes), row), features.dtype)
     sums = np.empty((columns.shape[1], row), features.dtype)
@@ -244,8 +282,47 @@ def _forward(features: Any, columns: Any, value: Any, lse: Any, depth: int, shap
             degree = sums[channels, q]
             for k in range(channels):
                 value[i + q, k] = sums[k, q] / degree
-            lse[i + q] = largest[q] + number(np.log(degree))
+            most[i + q], degrees[i + q] = largest[q], degree
         i = row * uint64(taken(counter))
+
+
+@compiled
+def _side_by_side(features: Any, depth: int, blocks: Any) -> None:
+    """All nodes as rows of lanes, [blocks, depth, row]; 0 beyond the last."""
+    row = uint64(blocks.shape[2])
+    for k in range(uint64(len(blocks))):
+        _turned(features, k * row, uint64(depth), blocks[k])
+
+
+@compiled
+def _matrix(
+    features: Any,
+    blocks: Any,
+    most: Any,
+    inverses: Any,
+    weights: Any,
+    P: Any,
+    depth: int,
+    shape: Any,
+    counter: Any,
+) -> None:
+    """P_ij = w_j exp(A_ij − `most`_i) `inverses`_i in the first rows of P, for panels and blocks of ψ.
+
+    Here nodes j are side by side, so that the entries of a row are; `weights` are 0 where there is no node.
+    """
+    lanes, nodes, _ = shape
+    row, width, step = uint64(blocks.shape[2]), uint64(P.shape[1]), uint64(PANELS * len(nodes))
+    tile, count, total = np.empty((step, row), features.dtype), uint64(len(features)), uint64(len(inverses))
+    first = uint64(PANELS) * uint64(taken(counter))
+    while first < count:
+        some, i = min(uint64(PANELS), count - first), first * uint64(len(nodes))
+        rows = min(step, total - i)
+        for k in range(uint64(len(blocks))):
+            _logits(blocks[k], features, first, some, uint64(depth), tile, shape)
+            _below(tile, rows, most, i, shape)
+            whole = min(uint64(VECTORS), (width - k * row) // uint64(len(lanes)))
+            _stored(tile, rows, inverses, weights, P, i, k * row, whole, shape)
+        first = uint64(PANELS) * uint64(taken(counter))
 
 
 @compiled
@@ -333,6 +410,11 @@ def _forward_by_team(address: int, threads: int, arguments: Any) -> Any:
 
 
 @compiled
+def _matrix_by_team(address: int, threads: int, arguments: Any) -> Any:
+    return in_team(address, threads, _matrix, arguments)
+
+
+@compiled
 def _transposed_by_team(address: int, threads: int, arguments: Any) -> Any:
     return in_team(address, threads, _transposed, arguments)
 
@@ -349,18 +431,31 @@ def forward(psi: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """P y [N, K] and lse [N], for psi [N, d], weight [N, 1], y [N, K]."""
     features, w, signals = _arrays(psi, weight, y)
     shape = shape_of(features.dtype)
-    value, lse = torch.empty_like(y), y.new_empty(len(y))
+    value, (most, degree) = torch.empty_like(y), y.new_empty(2, len(y))
     given = _panels(shape, features), _panels(shape, w * signals, w)
-    shared(
-        _forward,
-        _forward_by_team,
-        worthwhile(len(psi) ** 2),
-        *given,
-        *_arrays(value, lse),
-        psi.shape[-1],
-        shape,
-    )
-    return value, lse
+    found = _arrays(value, most, degree)
+    shared(_forward, _forward_by_team, worthwhile(len(psi) ** 2), *given, *found, psi.shape[-1], shape)
+    return value, most + degree.log()
+
+
+def matrix(psi: Tensor, weight: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """P, filled up with 0 to [width, width], and lse [N]."""
+    features, w = _arrays(psi, weight)
+    shape, nodes, (most, degree) = shape_of(features.dtype), len(psi), psi.new_empty(2, len(psi))
+    panels, threads = _panels(shape, features), worthwhile(nodes**2)
+    found = _arrays(psi[:, :0], most, degree)
+    shared(_forward, _forward_by_team, threads, panels, _panels(shape, w), *found, psi.shape[-1], shape)
+    # Pages that are touched for the first time would take longer than all else, were they small ones.
+    (P,) = block((width * width, features.dtype))
+    P = P.reshape(width, width)
+    P[nodes:] = 0
+    row = VECTORS * len(shape[0])
+    blocks = np.empty((-(-width // row), psi.shape[-1], row), features.dtype)
+    _side_by_side(panels, psi.shape[-1], blocks)
+    weights = np.pad(w.reshape(-1), (0, width - nodes))
+    given = panels, blocks, found[1], 1 / found[2], weights, P
+    shared(_matrix, _matrix_by_team, threads, *given, psi.shape[-1], shape)
+    return torch.from_numpy(P), most + degree.log()
 
 
 def transposed(psi: Tensor, weight: Tensor, lse: Tensor, v: Tensor) -> tuple[Tensor]:

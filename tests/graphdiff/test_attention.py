@@ -18,6 +18,7 @@ from graphdiff.operators.attention import (
     attention,
     attention_transposed,
 )
+from graphdiff.operators.held import whole_lines
 
 with_numba = pytest.mark.skipif(
     importlib.util.find_spec("numba") is None, reason="numba, the extra [compiled], is absent"
@@ -229,6 +230,29 @@ def test_no_threads_and_no_neighbour_change_a_bit_of_tiles(monkeypatch):
         few = everything(y[:, k : k + 1], g[:, k : k + 1])
         assert torch.equal(few[0], alone[0][:, k : k + 1])
         assert torch.equal(few[1], alone[1][:, k : k + 1])
+
+
+@with_numba
+@given(
+    nodes=st.integers(1, 150),
+    size=st.sampled_from([0.1, 3.0, 12.0]),
+    processor=st.sampled_from(PROCESSORS),
+    hidden=st.integers(0, 5),
+)
+def test_the_matrix_that_is_held_is_the_softmax_filled_up_with_0(nodes, size, processor, hidden):
+    weight = (torch.arange(nodes) >= min(hidden, nodes - 1)).double().unsqueeze(-1)
+    psi, tiles = weight * size * randn(nodes, 4), attention_module._tiles()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "registers", lambda: processor)
+        width = whole_lines(nodes, psi.dtype)
+        P, lse = tiles.matrix(psi, weight, width)
+    logits = psi @ psi.mT + weight.log().mT
+    torch.testing.assert_close(P[:nodes, :nodes], torch.softmax(logits, -1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(lse, logits.logsumexp(-1), rtol=1e-13, atol=1e-13)
+    assert P.shape == (width, width)
+    assert P[nodes:].count_nonzero() == P[:, nodes:].count_nonzero() == 0
+    # A row that is a little too heavy everywhere would weigh on the slowest mode of a solve.
+    assert (P[:nodes].sum(-1) - 1).abs().max() < 4e-15 * nodes**0.5
 
 
 @with_numba
