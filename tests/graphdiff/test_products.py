@@ -23,7 +23,7 @@ def matrix(nodes, dtype, seed=3):
 
 @given(
     nodes=st.integers(1, 300),
-    channels=st.sampled_from([2, 5, 11, 21]),
+    channels=st.sampled_from([2, 11, 21]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     processor=st.sampled_from([(64, 12, 8), (16, 6, 4)]),
 )
