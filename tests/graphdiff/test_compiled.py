@@ -19,6 +19,7 @@ print(sum(tiles._forward.stats.cache_misses.values()))
 """
 
 
+@pytest.mark.slow
 def test_code_on_disk_is_that_of_all_files_it_is_compiled_from(tmp_path, monkeypatch):
     """Of a copy: a file changes from which another's functions are compiled."""
     shutil.copytree(
