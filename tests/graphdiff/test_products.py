@@ -46,7 +46,8 @@ def test_no_threads_and_no_neighbour_change_a_bit(monkeypatch):
     from graphdiff.operators import threads
 
     _, P = matrix(700, torch.float32)
-    y = torch.randn(700, 8, generator=torch.Generator().manual_seed(5))
+    # A solve is of no interest to autograd, whatever its signals are.
+    y = torch.randn(700, 8, generator=torch.Generator().manual_seed(5)).requires_grad_()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     alone = products.product(P, y), products.transposed(P, y)
     for count, team in ((2, True), (3, True), (3, False)):
