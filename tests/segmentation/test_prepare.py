@@ -61,7 +61,15 @@ def test_check_writes_nothing(voc_aug, call):  # noqa: F811
     assert state() == before
 
 
-@pytest.mark.parametrize("dataset", ["voc-aug", "context", "coco"])
+# What is prepared of each is tested above; that training takes it is the same for all in this form.
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        "voc-aug",
+        pytest.param("context", marks=pytest.mark.slow),
+        pytest.param("coco", marks=pytest.mark.slow),
+    ],
+)
 def test_what_was_prepared_trains(dataset, request, tmp_path):
     folder = request.getfixturevalue(dataset.replace("-", "_"))
     prepare.main(dataset, folder)
