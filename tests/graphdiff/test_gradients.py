@@ -57,7 +57,7 @@ def diffuse_from(name, solver, transposed):
 @pairs
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradcheck_and_gradgradcheck(name, solver, transposed):
-    """Second derivatives of transposed walks are left to the slow test below, which has them entry by entry."""
+    """Second derivatives of transposed walks are left to the slow test below."""
     inputs = instance(name)
     function = diffuse_from(name, solver, transposed)
     assert gradcheck(function, inputs, fast_mode=True)
