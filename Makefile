@@ -19,7 +19,7 @@ demo: $(STAMP) ## train DifNet-18 on generated shapes, score it and draw it (abo
 	$(BIN)/python -m segmentation.train --overwrite
 
 test: lint ## lint, types and tests (under ten minutes on two cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile # two workers seldom compile the same code at once
 
 test-slow: $(STAMP) ## the long tests, which `make test` leaves out
 	$(BIN)/python -m pytest -m slow
