@@ -6,9 +6,10 @@ symmetric scheme (graphdiff/operators/strips.py) would take at the machine's own
     forward    N²/2 · (2d + 4(K + 1)) operations of products, N²/2 exponentials
     backward   N²/2 · (2d + 4(K + 1) + 4d + 4K) and N²/2 besides
 
+In bfloat16 the plain way, too, makes its matrix in float32, from which it then casts it.
 Memory is the peak of a process of its own above inputs, outputs and gradients.
 
-    python benchmarks/attention.py [--nodes N ...] [--batch B ...]
+    python benchmarks/attention.py [--nodes N ...] [--batch B ...] [--dtype bfloat16]
 """
 
 import argparse
@@ -23,14 +24,15 @@ from graphdiff.operators import attention
 D, K = 64, 21
 
 
-def problem(nodes, batch, device):
+def problem(nodes, batch, device, dtype):
     generator = torch.Generator().manual_seed(3)
-    psi, y, g = (torch.randn(batch, nodes, c, generator=generator).to(device) for c in (D, K, K))
+    psi, y, g = (torch.randn(batch, nodes, c, generator=generator).to(device, dtype) for c in (D, K, K))
     return psi / 2, y, g  # |ψ|² ≈ 16: neither the identity nor a hub
 
 
 def plain(psi, y):
-    return torch.softmax(psi @ psi.mT, -1) @ y
+    wide = psi.float() if psi.dtype == torch.bfloat16 else psi
+    return torch.softmax(wide @ wide.mT, -1).to(y.dtype) @ y
 
 
 def ours(psi, y):
@@ -124,7 +126,7 @@ def grown(function):
     return peak() - before - sum(x.numel() * x.element_size() for x in results)
 
 
-def own_peak(what, way, nodes, device):
+def own_peak(what, way, nodes, device, dtype):
     """In a process of its own, after a small problem, in strips too: libraries then have what they need."""
     whole, attention.WHOLE = attention.WHOLE, 0
     walk = {"plain": plain, "ours": ours}[way]
@@ -132,9 +134,9 @@ def own_peak(what, way, nodes, device):
         cascade_step(way, 8, device, CASCADES[what])()
         attention.WHOLE = whole
         return grown(cascade_step(way, round(nodes**0.5), device, CASCADES[what]))
-    PASSES[what](walk, *problem(300, 1, device))
+    PASSES[what](walk, *problem(300, 1, device, dtype))
     attention.WHOLE = whole
-    arguments = problem(nodes, 1, device)
+    arguments = problem(nodes, 1, device, dtype)
     return grown(lambda: PASSES[what](walk, *arguments))
 
 
@@ -144,16 +146,20 @@ def main():
     )
     parser.add_argument("--nodes", type=int, nargs="+", default=[1681, 4096, 10201], help="squares")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory-of", nargs=3, metavar=("PASS", "WAY", "NODES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = (
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        getattr(torch, options.dtype),
+    )
     if options.memory_of:
         what, way, nodes = options.memory_of
-        print(own_peak(what, way, int(nodes), device))
+        print(own_peak(what, way, int(nodes), device, dtype))
         return
     rates = Rates(device=device)
-    print(f"{environment()}; d = {D}, K = {K}, float32. {str(rates)[0].upper()}{str(rates)[1:]}.\n")
+    print(f"{environment()}; d = {D}, K = {K}, {options.dtype}. {str(rates)[0].upper()}{str(rates)[1:]}.\n")
     head(
         "nodes",
         "batch",
@@ -171,7 +177,7 @@ def main():
             if batch > 1 and batch * nodes**2 * 4 * 4 > 8e9:
                 row(nodes, batch, "both", "-", "-", "-", "-", "the plain way needs more than 8 GB", "-")
                 continue
-            arguments = problem(nodes, batch, device)
+            arguments = problem(nodes, batch, device, dtype)
             for label, run in PASSES.items():
                 errors = true_errors(label, arguments)
                 assert errors[1] < max(2e-5, 4 * errors[0]), errors
@@ -194,6 +200,8 @@ def main():
                     f"{errors[0]:.0e}",
                     f"{errors[1]:.0e}",
                 )
+    if dtype == torch.bfloat16:
+        return
     print("\nA cascade of five walks, embeddings included, forward + backward:\n")
     head("nodes", "features", "plain, ms", "ours, ms", "times faster", numbers=(0, 2, 3, 4))
     for nodes in options.nodes:
@@ -202,8 +210,6 @@ def main():
             found = in_turn(steps, options.rounds)
             plain_ms, ours_ms = (1e3 * found[way][0] for way in ("plain", "ours"))
             row(nodes, title, f"{plain_ms:.0f}", f"{ours_ms:.0f}", f"{found['ours'][1]:.2f}")
-    if device.type != "cpu":
-        return
     print("\nMemory beyond inputs, outputs and gradients, batch 1, MB:\n")
     head("nodes", "pass", "plain", "ours", "part", numbers=(0, 2, 3, 4))
     for nodes in (n for n in options.nodes if n >= 4096):

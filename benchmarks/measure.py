@@ -92,7 +92,9 @@ class Rates:
 
 
 def peak():
-    """The largest resident memory of this process since `forget_peak`, in bytes."""
+    """The most memory since `forget_peak`, in bytes: of tensors on a GPU, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
@@ -104,6 +106,9 @@ def peak():
 
 def forget_peak():
     """Count the peak anew, where the system can, and return where it stands."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return peak()
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")

@@ -67,9 +67,9 @@ class Step:
         self.optimizer.step()
 
 
-def own_peak(name, backbone, batch, crop):
-    step = Step(network(name, backbone), batch, crop)
-    small = Step(network(name, backbone), 2, 33)
+def own_peak(name, backbone, batch, crop, device):
+    step = Step(network(name, backbone), batch, crop, device=device)
+    small = Step(network(name, backbone), 2, 33, device=device)
     small()
     del small
     before = forget_peak()
@@ -97,7 +97,7 @@ def main():
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.memory_of:
-        print(own_peak(options.memory_of, options.backbone, options.batch, options.crop))
+        print(own_peak(options.memory_of, options.backbone, options.batch, options.crop, device))
         return
     print(f"{environment()}.\n")
     models = {
@@ -139,9 +139,7 @@ def main():
     for name, (taken, ratio) in found.items():
         backbone = options.baseline if name == "sim-deeplab" else options.backbone
         given = ("--backbone", backbone, "--batch", options.batch, "--crop", options.crop)
-        used = (
-            in_process("network.py", "--memory-of", name, *given) / 1e6 if device == "cpu" else float("nan")
-        )
+        used = in_process("network.py", "--memory-of", name, *given) / 1e6
         row(titles[name], f"{taken:.2f}", f"{1 / ratio:.2f}", f"{used:.0f}")
 
     print(f"\nWhat options bring to a step of DifNet, {options.backbone}, at the same batch and crop:\n")

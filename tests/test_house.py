@@ -24,6 +24,7 @@ FLOORS = {
             "operators.products",
             "operators.tiles",
             "operators.strips",
+            "operators.fused",
             "operators.base",
             "operators.held",
             "operators.dense",

@@ -1,9 +1,10 @@
 """P = softmax(scale · ψψᵀ): the walk of DifNet's features, never stored as a matrix.
 
 Behind it are three operations, on ψ [B, N, d] (√scale·ψ), weights w [B, N] of the nodes (1, or 0 at padded
-ones) and signals [B, N, K], each computed in O(N) memory: on the CPU by `tiles`, compiled, where numba is
-installed, else by `strips`, in torch; but where those would be used on a CPU, the matrix is small and several
-threads share the work, it is built, and kept for the backward, for that is faster:
+ones) and signals [B, N, K], each computed in O(N) memory: on a GPU by `fused`, in Triton, where that has what
+it needs; on the CPU by `tiles`, compiled, where numba is installed; else by `strips`, in torch. But where
+those would be used on a CPU, the matrix is small and several threads share the work, it is built, and kept
+for the backward, for that is faster:
 
     attention             lse_i = log Σ_j w_j exp(ψ_i·ψ_j),   P_ij = w_j exp(ψ_i·ψ_j − lse_i),   value = P y
     attention_transposed  Pᵀ v
@@ -37,7 +38,8 @@ class AttentionTransition(Transition):
     """The reversible walk P[i, j] ∝ exp(scale · ψ_i·ψ_j).
 
     Memory is O(N(d + K)) for a product with K signals, forward and backward; on the CPU it is compiled code
-    where numba, the extra [compiled], is installed. On a CPU without numba that has several threads, the
+    where numba, the extra [compiled], is installed, and on an Nvidia GPU, for up to 128 features in float32 or
+    less, kernels in Triton, which torch brings along. On a CPU without numba that has several threads, the
     matrix is built and kept for the backward where it takes at most 16 MB (N = 2048 in float32), and those of
     a batch 32 MB, for that is faster there. exp(scale · ψ_i·ψ_j) is a positive semi-definite kernel, so every
     eigenvalue of P lies in [0, 1].
@@ -177,9 +179,21 @@ class AttentionTransition(Transition):
         """What strips take as 0 beside the sum of a row."""
         return math.exp(strips.FLOOR[dtype] + strips.RISE)
 
+    def sum_rounding(self, dtype: torch.dtype) -> float:
+        """As of any sum, by kernels that may lose more with each term."""
+        terms = self.shape[-1] + 4
+        return super().sum_rounding(dtype) * self._counted(terms, dtype) / terms
+
     def _terms(self, dtype: torch.dtype) -> float:
         """Of d products, the subtracted shift and, where there is one, √scale in both factors."""
-        return (self.psi.shape[-1] + (3 if self.scale == 1 else 7)) * torch.finfo(dtype).eps
+        terms = self.psi.shape[-1] + (3 if self.scale == 1 else 7)
+        return self._counted(terms, dtype) * torch.finfo(dtype).eps
+
+    def _counted(self, terms: int, dtype: torch.dtype) -> int:
+        """The units in the last place that a sum of so many products costs by the kernels for them."""
+        kernels = _fused(self.device, dtype, self.psi.shape[-1])
+        each, besides = (1, 0) if kernels is None else kernels.ROUNDING
+        return each * terms + besides
 
     def _largest_logit(self, dtype: torch.dtype) -> Tensor:
         squares = self.psi.detach().to(dtype).square().sum(-1, keepdim=True)
@@ -253,8 +267,33 @@ def _as_alone(x: Tensor) -> Tensor:
     )
 
 
+def _computed(name: str, psi: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
+    """What kernels of that name give for every graph of a batch."""
+    fused = _fused(psi.device, psi.dtype, psi.shape[-1])
+    if fused is None:
+        return _each(getattr(_kernels(psi), name), psi, *arguments)
+    found: tuple[Tensor, ...] = getattr(fused, name)(*(x.contiguous() for x in (psi, *arguments)))
+    return found
+
+
+def _fused(device: torch.device, dtype: torch.dtype, features: int) -> Any:
+    """The kernels in Triton, or None where there are none for such features."""
+    found = _triton() if device.type == "cuda" else None
+    return found if found is not None and found.suits(device, dtype, features) else None
+
+
+@functools.cache
+def _triton() -> Any:
+    """The kernels in Triton, or None where that is not installed."""
+    try:
+        from graphdiff.operators import fused
+    except ImportError:
+        return None
+    return fused
+
+
 def _kernels(psi: Tensor) -> Any:
-    """Where the products are computed that do not build the matrix."""
+    """Where the products of a graph are computed otherwise, or its matrix is made."""
     return _tiles() if psi.device.type == "cpu" and _tiles() is not None else strips
 
 
@@ -305,7 +344,7 @@ def _attention(psi: Tensor, weight: Tensor, y: Tensor, whole: bool) -> tuple[Ten
         kept[:, psi.shape[-2] ** 2 :] = 0
         value, lse = _each(strips.whole_forward, psi, weight, y, _matrices(psi, kept))
         return value, lse, kept
-    value, lse = _each(_kernels(psi).forward, psi, weight, y)
+    value, lse = _computed("forward", psi, weight, y)
     return value, lse, value.new_empty(len(psi), 0)
 
 
@@ -320,7 +359,7 @@ def _attention_transposed_shape(psi: Tensor, weight: Tensor, lse: Tensor, v: Ten
 def _attention_transposed(psi: Tensor, weight: Tensor, lse: Tensor, v: Tensor) -> Tensor:
     if len(psi) == 0:
         return _attention_transposed_shape(psi, weight, lse, v)
-    return _each(_kernels(psi).transposed, psi, weight, lse, v)[0]
+    return _computed("transposed", psi, weight, lse, v)[0]
 
 
 _attention_transposed.register_fake(_attention_transposed_shape)
@@ -356,7 +395,7 @@ def _attention_backward(
     if P.numel():
         g_psi, g_y = _each(strips.whole_backward, psi, y, value, _matrices(psi, P), g_value, g_lse)
     else:
-        g_psi, g_y = _each(_kernels(psi).backward, psi, weight, y, value, lse, g_value, g_lse)
+        g_psi, g_y = _computed("backward", psi, weight, y, value, lse, g_value, g_lse)
     return g_psi, g_y
 
 

@@ -94,7 +94,12 @@ class Transition(ABC):
         return sum(nested, start=self.sum_rounding(dtype))
 
     def sum_rounding(self, dtype: torch.dtype) -> float:
-        """What sums of N products cost in any order: N units in the last place at most."""
+        """What sums of N products cost in any order: N units in the last place at most.
+
+        No bound where torch may multiply in less than it is given (`torch.set_float32_matmul_precision`).
+        """
+        if dtype != torch.float64 and not multiplied_in_full(self.device):
+            return math.inf
         return (self.shape[-1] + 4) * torch.finfo(dtype).eps
 
     def underflow(self, dtype: torch.dtype) -> float:
@@ -258,6 +263,12 @@ class Transition(ABC):
             f"{type(self).__name__}({list(self.shape)}, {str(self.dtype).removeprefix('torch.')}, "
             f"{self.device}{''.join(', ' + fact for fact in facts)})"
         )
+
+
+def multiplied_in_full(device: torch.device) -> bool:
+    """Whether torch's products of float32 matrices are in float32 there: its settings allow less."""
+    library = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    return library.matmul.fp32_precision in ("none", "ieee")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
