@@ -38,8 +38,8 @@ class AttentionTransition(Transition):
     """The reversible walk P[i, j] ∝ exp(scale · ψ_i·ψ_j).
 
     Memory is O(N(d + K)) for a product with K signals, forward and backward; on the CPU it is compiled code
-    where numba, the extra [compiled], is installed, and on an Nvidia GPU, for up to 128 features in float32 or
-    less, kernels in Triton, which torch brings along. On a CPU without numba that has several threads, the
+    where numba, the extra [compiled], is installed, and on an Nvidia GPU, for up to 128 features in float32
+    or less, kernels in Triton, which torch brings along. On a CPU without numba that has several threads, the
     matrix is built and kept for the backward where it takes at most 16 MB (N = 2048 in float32), and those of
     a batch 32 MB, for that is faster there. exp(scale · ψ_i·ψ_j) is a positive semi-definite kernel, so every
     eigenvalue of P lies in [0, 1].
