@@ -9,6 +9,7 @@ Peak memory is that of a process of its own above what the network and its image
 
 import argparse
 from functools import partial
+from unittest import mock
 
 import torch
 from attention import plain_cascade
@@ -16,7 +17,7 @@ from measure import environment, forget_peak, head, in_process, in_turn, peak, r
 from torch import nn
 from torch.nn import functional as F
 
-from segmentation.models import DifNet, SimDeepLab
+from segmentation.models import DifNet, SimDeepLab, difnet
 from segmentation.timing import seconds_by_part
 
 CLASSES = 21
@@ -50,9 +51,13 @@ def network(name, backbone):
 class Step:
     """One step of training: forward, loss, backward, the weights moved."""
 
-    def __init__(self, model, batch, crop, bf16=False, channels_last=False, compiled=False, device="cpu"):
+    def __init__(
+        self, model, batch, crop, bf16=False, channels_last=False, compiled=False, beside=None, device="cpu"
+    ):
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model = model.to(device, memory_format=layout).train()
+        if beside is not None:
+            self.model.beside(beside)
         self.run = torch.compile(self.model) if compiled else self.model
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-6)
         self.image = torch.randn(batch, 3, crop, crop, device=device).to(memory_format=layout)
@@ -81,6 +86,22 @@ def graph_breaks(model, size):
     explained = torch._dynamo.explain(model)(torch.randn(1, 3, size, size))
     torch._dynamo.reset()
     return explained.graph_break_count
+
+
+def side_by_side(backbone, shape, rounds):
+    """The branches one after the other, in two streams of a GPU, and on two GPUs where there are two."""
+    step = Step(network("difnet", backbone), *shape, device="cuda")
+
+    def one_after_the_other():
+        with mock.patch.object(difnet, "_stream_beside", return_value=None):
+            step()
+
+    ways = {"one after the other": one_after_the_other, "in two streams": step}
+    if torch.cuda.device_count() > 1:
+        ways["on two GPUs"] = Step(network("difnet", backbone), *shape, beside="cuda:1", device="cuda")
+    head("branches", "s", "times faster")
+    for name, (taken, ratio) in in_turn(ways, rounds).items():
+        row(name, f"{taken:.3f}", f"{ratio:.2f}")
 
 
 def main():
@@ -122,6 +143,9 @@ def main():
     del models
 
     shape = (options.batch, options.crop)
+    if device == "cuda":
+        print("\nThe branches of DifNet, a step of training at batch and crop as below:\n")
+        side_by_side(options.backbone, shape, options.rounds)
     print(f"\nA step of training, batch {options.batch}, crop {options.crop}, float32:\n")
     head("network", "s", "over Sim-DeepLab", "peak memory, MB")
     steps = {

@@ -8,10 +8,11 @@ In the place of the cascade one exact diffusion may stand, y = (1 − µ)(I − 
 that invert a matrix or solve a linear system, or nothing, y = s.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -192,14 +193,37 @@ class DifNet(nn.Module):
 
     def forward(self, image: Tensor, return_maps: bool = False) -> Tensor | DifNetMaps:
         """Map images [B, 3, H, W] to logits [B, K, H, W], or to all maps on the way."""
+        aside = _stream_beside(image)
         score = self._on_grid(self.seed_score(image), image)
         importance = self.importance(score)
         seed = importance * score
         walks: list[Tensor] = []
         if self.cascade is not None:
-            _, walks = self.cascade(seed, self.transitions(image), return_walks=True)
+            operators = self.transitions(image) if aside is None else _within(aside, self.transitions, image)
+            _, walks = self.cascade(seed, operators, return_walks=True)
         logits = upsample([seed, *walks][-1], image)
         return DifNetMaps(score, importance, seed, walks, logits) if return_maps else logits
+
+    def beside(self, device: torch.device | str | int) -> Self:
+        """Put the similarity branch and what embeds its maps on another device: the paper's model parallel.
+
+        Both branches then run at the same time, and the other device sends ψ of every walk to where images
+        and all else are. On one GPU, too, they run at the same time as far as there is room, in two streams.
+
+        Args:
+            device: such as "cuda:1". `to` brings all back to one device.
+
+        Returns:
+            This model.
+
+        Example:
+            >>> DifNet("resnet18", num_classes=21).beside("cpu").num_classes
+            21
+        """
+        for module in (self.similarity_branch, *self._embeddings):
+            if module is not None:
+                module.to(device)
+        return self
 
     def seed_score(self, image: Tensor) -> Tensor:
         """What the seed branch says of images, [B, K, h, w], at a stride of its own."""
@@ -228,10 +252,18 @@ class DifNet(nn.Module):
         """The operators P_t over this image's grid, one for each of `steps`."""
         if self.cascade is None:
             return []
-        features, grid = self.similarity_features(image), self._grid(image)
+        grid, device = self._grid(image), next(self._embeddings[0].parameters()).device
+        features = self.similarity_features(image.to(device, non_blocking=True))
         if self.shared is not None:
-            return [self.shared(features[0], grid)] * len(self.walks)
-        return self.cascade.transitions(features, grid)
+            return [self.shared(features[0], grid).to(image.device)] * len(self.walks)
+        return [P.to(image.device) for P in self.cascade.transitions(features, grid)]
+
+    @property
+    def _embeddings(self) -> list[nn.Module]:
+        """What makes transitions of the similarity branch's maps."""
+        if self.shared is not None:
+            return [self.shared]
+        return [] if self.cascade is None else list(self.cascade.embeddings)
 
     def _grid(self, image: Tensor) -> tuple[int, int]:
         height, width = image.shape[-2:]
@@ -242,6 +274,37 @@ class DifNet(nn.Module):
         if score.shape[-2:] == grid:
             return score
         return F.interpolate(score, size=grid, mode="bilinear", align_corners=True)
+
+
+def _stream_beside(image: Tensor) -> torch.cuda.Stream | None:
+    """On a GPU, a stream for work that needs no more than what was begun by now; else none."""
+    # Fake tensors lie on devices that need not be there.
+    if image.device.type != "cuda" or not torch.cuda.is_available() or torch.compiler.is_compiling():
+        return None
+    stream = _stream(image.device)
+    stream.wait_stream(torch.cuda.current_stream(image.device))
+    return stream
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all models: memory that a stream has used is kept for that stream."""
+    return torch.cuda.Stream(device=device)  # type: ignore[no-untyped-call]
+
+
+def _within(
+    stream: torch.cuda.Stream, transitions: Callable[[Tensor], list[gd.Transition]], image: Tensor
+) -> list[gd.Transition]:
+    """What is made in a stream, for which the current one then waits."""
+    current = torch.cuda.current_stream(image.device)
+    with torch.cuda.stream(stream):
+        operators = transitions(image)
+    current.wait_stream(stream)
+    for operator in operators:
+        for tensor in operator.tensors():
+            # Its memory is not given to others of that stream before this one is done with it.
+            tensor.record_stream(current)
+    return operators
 
 
 def _check_options(

@@ -4,9 +4,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from segmentation.errors import UsageError
-from segmentation.models import DifNet, SimDeepLab
+from segmentation.models import DifNet, SimDeepLab, difnet
 from segmentation.models.backbone import channels, load_pretrained, network, parts
 from segmentation.models.heads import Importance
 
@@ -115,6 +116,66 @@ def test_the_walks_follow_equation_5():
         ):
             y = beta * (mu * (P.dense() @ y) + (1 - mu) * s) + (1 - beta) * y
             torch.testing.assert_close(walk.flatten(2).mT, y, atol=1e-5, rtol=1e-4)
+
+
+# --- Branches side by side
+
+VARIANTS = {"cascade": {}, "shared": {"transitions": "last"}, "exact": {"diffusion": "exact"}}
+
+
+def beside(options, device):
+    """DifNet with its similarity branch elsewhere."""
+    return DifNet("resnet18", 5, **options).beside(device)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_similarity_branch_and_its_embeddings_move_and_nothing_else(variant):
+    model = beside(VARIANTS[variant], "meta")
+    moved = {name.rpartition(".")[0] for name, x in model.named_parameters() if x.device.type == "meta"}
+    elsewhere = ("similarity_branch", "cascade.embeddings", "shared")
+    stayed = {name.rpartition(".")[0] for name, _ in model.named_parameters()} - moved
+    assert moved
+    assert all(name.startswith(elsewhere) for name in moved)
+    assert not any(name.startswith(elsewhere) for name in stayed)
+    assert DifNet("resnet18", 5, diffusion="none").beside("meta").seed_branch is not None
+
+
+@pytest.mark.parametrize("variant", ["cascade", "shared"])
+def test_what_two_devices_compute_meets_on_the_first(variant):
+    """On devices that are not there, whose tensors have all but values."""
+    with FakeTensorMode():
+        with torch.device("cuda:1"):
+            second = DifNet("resnet18", 5, **VARIANTS[variant])
+        with torch.device("cuda:0"):
+            model = DifNet("resnet18", 5, **VARIANTS[variant])
+            image = torch.randn(2, 3, 33, 49)
+        # Fake parameters are not moved in place.
+        model.similarity_branch, model.shared = second.similarity_branch, second.shared
+        model.cascade.embeddings = second.cascade.embeddings
+        maps = model(image, return_maps=True)
+        assert {P.device for P in model.transitions(image)} == {image.device}
+    assert maps.logits.shape == (2, 5, 33, 49)
+    assert {x.device for x in (maps.score, maps.logits, *maps.walks)} == {image.device}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_streams_side_by_side_change_nothing():
+    torch.manual_seed(0)
+    model = DifNet("resnet18", 5).cuda()
+    image = torch.randn(4, 3, 129, 129, device="cuda")
+
+    def step():
+        model.zero_grad()
+        logits = model(image)
+        logits.square().mean().backward()
+        return [logits, *(p.grad.clone() for p in model.parameters())]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(difnet, "_stream_beside", lambda image: None)
+        one_after_the_other = step()
+    for _ in range(5):
+        for a, b in zip(step(), one_after_the_other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("walks", [(), (0, 5), (2, 1), (1, 1)])
