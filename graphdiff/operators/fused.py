@@ -228,7 +228,7 @@ def _transposed(
     for first in range(0, nodes, MET):
         met = first + tl.arange(0, MET)
         A = _product(rows, tl.trans(_read(psi, met, nodes, d, features, features)))
-        level = tl.load(lse + met, met < nodes, float("inf"))
+        level = tl.load(lse + met, met < nodes, 0.0)
         E = tl.exp(A - level[None, :])
         sums = _added(sums, _product(E, _read(v, met, nodes, column, signals, signals)))
     counted = tl.load(weight + own, own < nodes, 0.0)
@@ -270,17 +270,16 @@ def _backward(
         met = first + tl.arange(0, MET)
         columns = _read(psi, met, nodes, d, features, features)
         A = _product(rows, tl.trans(columns))
-        there = (met < nodes)[None, :]
         counted = tl.load(weight + met, met < nodes, 0.0)[None, :]
         to = tl.where(counted > 0, tl.exp(A - own_lse[:, None]), 0.0)
-        level = tl.load(lse + met, met < nodes, float("inf"))
+        level = tl.load(lse + met, met < nodes, 0.0)
         back = own_weight[:, None] * tl.exp(A - level[None, :])
         signal = _read(y, met, nodes, k, signals, signals)
         cotangent = _read(g, met, nodes, k, signals, signals)
         G = to * (_product(own_g, tl.trans(signal)) + own_h[:, None])
         met_h = tl.load(h + met, met < nodes, 0.0)
         G += back * (_product(own_y, tl.trans(cotangent)) + met_h[None, :])
-        sums = _added(sums, _product(tl.where(there, G, 0.0), columns))
+        sums = _added(sums, _product(G, columns))
         sums_y = _added(sums_y, _product(back, cotangent))
     _write(g_psi, own, nodes, d, features, features, sums)
     _write(g_y, own, nodes, k, signals, signals, sums_y)
