@@ -36,6 +36,8 @@ class Call:
     on_failure: OnFailure
     state: Any = None
     """What the solver has prepared for the operator already; for `gradients`, for its transpose."""
+    keep: bool = False
+    """Whether P x is wanted besides, if no gradient needs it."""
 
 
 def implicit_solve(call: Call, rhs: Tensor, mu: Tensor, *, initial: Tensor, atol: Tensor) -> Certified:
@@ -56,38 +58,37 @@ class _ImplicitSolve(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, call: Call, rhs: Tensor, mu: Tensor, initial: Tensor, atol: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         operator = call.operator
         if any(t.requires_grad for t in operator.tensors()):
             operator = operator.with_tensors([t.detach() for t in tensors])
         state = call.state or call.solver.prepare(operator, mu.to(operator.dtype))
-        answer = solve_certified(
-            call.solver, state, operator, rhs, mu, initial=initial, atol=atol, budget=call.budget
-        )
-        # The forward's own state, which may hold a matrix, ends here.
-        ctx.call, ctx.state = call, call.solver.transposed(state)
-        ctx.save_for_backward(mu, answer.x, *tensors)
-        ctx.mark_non_differentiable(*answer[1:])
+        given, keep = (call.solver, state, operator, rhs, mu), call.keep or any(ctx.needs_input_grad)
+        answer = solve_certified(*given, initial=initial, atol=atol, budget=call.budget, keep=keep)
+        # The forward's own state, which may hold a matrix, ends here; what the operator has found stays.
+        ctx.call, ctx.state = replace(call, operator=operator), call.solver.transposed(state)
+        ctx.save_for_backward(mu, answer.x, answer.product, *tensors)
+        ctx.mark_non_differentiable(*(x for x in answer[1:] if x is not None))
         return tuple(answer)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        mu, x, *tensors = ctx.saved_tensors
+        mu, x, product, *tensors = ctx.saved_tensors
         call = replace(ctx.call, operator=ctx.call.operator.with_tensors(tensors), state=ctx.state)
         wanted = ctx.needs_input_grad[2], any(ctx.needs_input_grad[5:])
-        g_rhs, g_mu, g_tensors = gradients(call, mu, x, g, wanted)
+        g_rhs, g_mu, g_tensors = gradients(call, mu, x, g, wanted, product)
         return None, g_rhs, g_mu, None, None, *(g_tensors or [None] * len(tensors))
 
 
 def gradients(
-    call: Call, mu: Tensor, x: Tensor, g: Tensor, wanted: tuple[bool, bool]
+    call: Call, mu: Tensor, x: Tensor, g: Tensor, wanted: tuple[bool, bool], product: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
     """∂b, ∂µ and those of the operator's tensors for a cotangent g of x; the latter two where wanted.
 
-    Shapes and dtype of g and x are those of b.
+    Shapes and dtype of g and x are those of b; `product` is P x, if that is known.
     """
-    budget = call.budget.again()
-    adjoint = replace(call, operator=call.operator.T, budget=budget)
+    budget, recorded = call.budget.again(), torch.is_grad_enabled()
+    adjoint = replace(call, operator=call.operator.T, budget=budget, keep=not recorded)
     # (1 − µ)λ is the gradient of the signal; its error is promised to be at most tol·‖g‖.
     remaining = 1 - mu.amax(-2, keepdim=True)
     atol = call.tol * size(g.detach(), norm_of(adjoint.operator)) / remaining
@@ -95,16 +96,21 @@ def gradients(
     v = implicit_solve(adjoint, b, mu, initial=(b / (1 - mu)).detach(), atol=atol.detach())
     how = ending(v.error_bound, atol, v.rounding, call.operator.dtype, spent(budget, v.steps))
     report(v.error_bound, atol, call.on_failure, "graphdiff, gradient of a solve", how.advice)
-    g_rhs = g + _product(adjoint.operator, v.x, call.tol)
+    if recorded or v.product is None:
+        g_rhs = g + _product(adjoint.operator, v.x, call.tol)
+    else:
+        g_rhs = g + v.product.to(g.dtype)
 
     g_mu: Tensor | None = None
     g_tensors: tuple[Tensor | None, ...] = ()
     if any(wanted):
         y, cotangent = (t.to(call.operator.dtype) for t in (x, v.x))
+        # Known products are of no use to who differentiates further.
+        known = None if recorded or product is None else product.to(y.dtype)
         if wanted[1]:
-            product, g_tensors = call.operator.vjp(y, cotangent)
+            product, g_tensors = call.operator.vjp(y, cotangent, known)
         else:
-            product = call.operator.matmul(y)
+            product = call.operator.matmul(y) if known is None else known
         if wanted[0]:
             g_mu = (g_rhs * product.to(g.dtype)).sum_to_size(mu.shape)
     return g_rhs, g_mu, g_tensors

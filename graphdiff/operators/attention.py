@@ -15,10 +15,10 @@ Value and log-sum-exp are both differentiable outputs; the second is the log-deg
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -101,10 +101,18 @@ class AttentionTransition(Transition):
             return self._found_log_degree()
         return self._log_degree_once
 
-    @cached_property
+    @property
     def _log_degree_once(self) -> Tensor:
-        with torch.no_grad():
-            return self._found_log_degree()
+        """The same without its derivatives, found once."""
+        if self.dtype not in self._log_degrees:
+            with torch.no_grad():
+                self._log_degrees[self.dtype] = self._found_log_degree()
+        return self._log_degrees[self.dtype]
+
+    @cached_property
+    def _log_degrees(self) -> dict[torch.dtype, Tensor]:
+        """What was found, in each precision; copies of the same values share it."""
+        return {}
 
     def _found_log_degree(self) -> Tensor:
         return attention(self._features(), self._weight(), self.psi[..., :0])[1]
@@ -122,7 +130,9 @@ class AttentionTransition(Transition):
 
     def matmul(self, y: Tensor) -> Tensor:
         """P y."""
-        value, _ = attention(self._features(), self._weight(), checks.real(y, self.mask))
+        value, lse = attention(self._features(), self._weight(), checks.real(y, self.mask))
+        if not (torch.compiler.is_compiling() or lse.requires_grad) and lse.dtype == self.dtype:
+            self._log_degrees.setdefault(self.dtype, lse)
         return self._staying(value, y)
 
     def rmatmul(self, v: Tensor) -> Tensor:
@@ -130,10 +140,15 @@ class AttentionTransition(Transition):
         given = self._features(), self._weight(), _at_least_float32(self._log_degree_once)
         return self._staying(attention_transposed(*given, checks.real(v, self.mask)), v)
 
-    def vjp(self, y: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def vjp(
+        self, y: Tensor, v: Tensor, product: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """P y and the gradient in ψ, by the kernels; so it serves below autograd too."""
-        real_y, real_v = checks.real(y, self.mask), checks.real(v, self.mask)
-        product, g_psi = attention_vjp(self._features(), self._weight(), real_y, real_v)
+        given = self._features(), self._weight(), checks.real(y, self.mask), checks.real(v, self.mask)
+        if product is not None and self.dtype in self._log_degrees:
+            g_psi = attention_gradient(*given, product, self._log_degree_once)
+        else:
+            product, g_psi = attention_vjp(*given)
         g_psi = (math.sqrt(self.scale) * g_psi).to(self.dtype)
         return self._staying(product, y), (checks.real(g_psi, self.mask),)
 
@@ -144,7 +159,17 @@ class AttentionTransition(Transition):
             return self
         batch, flat = _flattened(psi, self._weight())
         P, lse = _each(functools.partial(_kernels(psi).matrix, width=whole_lines(nodes, psi.dtype)), *flat)
-        return HeldTransition(self, P.reshape(*batch, *P.shape[-2:]), lse.reshape(*batch, nodes))
+        lse = lse.reshape(*batch, nodes)
+        if lse.dtype == self.dtype:
+            self._log_degrees.setdefault(self.dtype, lse)
+        return HeldTransition(self, P.reshape(*batch, *P.shape[-2:]), lse)
+
+    def _replaced(self, tensors: Iterator[Tensor], device: torch.device | None) -> Self:
+        other = super()._replaced(tensors, device)
+        # In as many digits, or more, ψ is what it was, and so are its log-degrees.
+        if other.device == self.device and torch.promote_types(self.dtype, other.dtype) == other.dtype:
+            other.__dict__["_log_degrees"] = self._log_degrees
+        return other
 
     def rows(self, index: Tensor | Sequence[int]) -> Tensor:
         """The rows P[index], [..., len(index), N]."""
@@ -230,6 +255,18 @@ def attention_vjp(psi: Tensor, weight: Tensor, y: Tensor, g: Tensor) -> tuple[Te
     given = flat_psi, flat_weight, flat_y, value, lse, P, flat_g, torch.zeros_like(lse)
     g_psi = _attention_backward(*given)[0].reshape(*batch, *psi.shape[-2:])
     return value.reshape(*batch, *value.shape[-2:]).to(y.dtype), g_psi.sum_to_size(psi.shape)
+
+
+def attention_gradient(
+    psi: Tensor, weight: Tensor, y: Tensor, g: Tensor, value: Tensor, lse: Tensor
+) -> Tensor:
+    """The same gradient where P y and the log-sum-exp [..., N] are known."""
+    batch, flat = _flattened(psi, weight, y, g, value, lse.unsqueeze(-1))
+    flat_psi, flat_weight, flat_y, flat_g, flat_value, flat_lse = flat
+    sums, none = flat_lse.squeeze(-1), flat_psi.new_empty(len(flat_psi), 0)
+    given = flat_psi, flat_weight, flat_y, flat_value, sums, none, flat_g, torch.zeros_like(sums)
+    g_psi: Tensor = _attention_backward(*given)[0]
+    return g_psi.reshape(*batch, *psi.shape[-2:]).sum_to_size(psi.shape)
 
 
 def _flattened(*arguments: Tensor) -> tuple[torch.Size, list[Tensor]]:

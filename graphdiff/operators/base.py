@@ -58,8 +58,13 @@ class Transition(ABC):
             (transposed,) = torch.autograd.grad(self.matmul(y), y, v, create_graph=recorded)
         return transposed
 
-    def vjp(self, y: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """P y, and the gradients of Σ v ⊙ (P y) in `tensors()` where these require one; differentiable."""
+    def vjp(
+        self, y: Tensor, v: Tensor, product: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """P y, and the gradients of Σ v ⊙ (P y) in `tensors()` where these require one; differentiable.
+
+        Where nobody differentiates further, `product` may be P y as it is known already.
+        """
         recorded = torch.is_grad_enabled()
         with torch.enable_grad():
             # Views: differentiating with respect to the tensors themselves would, in a second derivative,
@@ -362,9 +367,12 @@ class TransposedTransition(Transition):
         """P v."""
         return self.original.matmul(v)
 
-    def vjp(self, y: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def vjp(
+        self, y: Tensor, v: Tensor, product: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """With the roles of y and v exchanged, the gradients of the original."""
-        return self.original.rmatmul(y), self.original.vjp(v, y)[1]
+        product = self.original.rmatmul(y) if product is None else product
+        return product, self.original.vjp(v, y)[1]
 
 
 def check_transition(P: object) -> None:

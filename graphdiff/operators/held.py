@@ -2,14 +2,14 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from graphdiff import checks
-from graphdiff.operators.base import Transition
+from graphdiff.operators.base import Transition, TransposedTransition
 
 # Signals are multiplied in groups of so many.
 COLUMNS = 8
@@ -88,6 +88,13 @@ class HeldTransition(Transition):
 
     def __repr__(self) -> str:
         return repr(self.original)
+
+
+def holds(held: object, operator: Transition) -> TypeGuard[Transition]:
+    """Whether the first is the second with its matrix beside it, or both are the transposes of such."""
+    if isinstance(held, TransposedTransition) and isinstance(operator, TransposedTransition):
+        return holds(held.original, operator.original)
+    return isinstance(held, HeldTransition) and held.original is operator
 
 
 def whole_lines(nodes: int, dtype: torch.dtype) -> int:

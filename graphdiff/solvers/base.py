@@ -22,6 +22,7 @@ from torch import Tensor
 
 from graphdiff import checks
 from graphdiff.operators.base import Transition
+from graphdiff.operators.held import holds
 from graphdiff.solution import Norm, Progress
 
 # Each refinement gains several digits unless rounding has taken over; more than this never helped.
@@ -180,7 +181,7 @@ class Certified(NamedTuple):
     """An answer and its evidence before the last cast.
 
     x, lower and upper are [..., N, K], the bound and what of it is owed to rounding [..., 1, K], counts
-    [..., K].
+    [..., K]; the product is P x as the certificate found it, if that was to be kept and a solver was asked.
     """
 
     x: Tensor
@@ -190,6 +191,7 @@ class Certified(NamedTuple):
     rounding: Tensor
     steps: Tensor
     matvecs: Tensor
+    product: Tensor | None = None
 
 
 def carry_on(
@@ -376,6 +378,7 @@ def solve_certified(
     initial: Tensor,
     atol: Tensor,
     budget: Budget,
+    keep: bool = False,
 ) -> Certified:
     """Solve in the operator's dtype, certify there where its rounding allows, else in that of `rhs`.
 
@@ -388,6 +391,7 @@ def solve_certified(
         initial: First guess, shaped and typed like `rhs`.
         atol: Largest error allowed, [..., 1, K], in the norm of the operator.
         budget: Most steps a right-hand side may take, and seconds the whole.
+        keep: Whether P x is of use afterwards.
     """
     channels = rhs.shape[-1]
     width = channels if solver.together else _width(solver, operator, mu, rhs)
@@ -396,8 +400,13 @@ def solve_certified(
         some = slice(first, first + width)
         b, start, allowed = (x[..., some].contiguous() for x in (rhs, initial, atol))
         budget.waiting = rhs[..., :1, some.stop :].numel()
-        done.append(_solve_some(solver, state, operator, b, mu, start, allowed, budget))
-    return done[0] if len(done) == 1 else Certified(*(torch.cat(x, -1) for x in zip(*done, strict=True)))
+        done.append(_solve_some(solver, state, operator, b, mu, start, allowed, budget, keep))
+    if len(done) == 1:
+        return done[0]
+    *parts, products = zip(*done, strict=True)
+    found = Certified(*(torch.cat(x, -1) for x in parts))
+    kept = all(x is not None for x in products)
+    return found._replace(product=torch.cat(products, -1)) if kept else found
 
 
 def _width(solver: Solver, operator: Transition, mu: Tensor, rhs: Tensor) -> int:
@@ -419,12 +428,16 @@ def _solve_some(
     initial: Tensor,
     atol: Tensor,
     budget: Budget,
+    keep: bool,
 ) -> Certified:
     """`solve_certified` for a few channels."""
     # The last cast to the operator's dtype must still fit.
     allowed = torch.clamp(atol - cast_error(initial, operator.dtype, norm_of(operator)), min=0.25 * atol)
     target = 0.95 * allowed
-    best = _Best(operator, mu, rhs, initial, allowed)
+    best = _Best(operator, mu, rhs, initial, allowed, keep)
+    walk = getattr(state, "operator", None)
+    if holds(walk, operator):
+        best.precise[operator.dtype] = walk
     correction, pending = rhs, best.bound > 0
     steps = torch.zeros(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
     for attempt in range(1 + MAX_REFINEMENTS if bool(pending.any()) else 0):
@@ -462,14 +475,21 @@ def _solve_some(
         # What is left above the target is the certificate's own rounding: make room for it.
         target = 0.1 * target
     x = best.x.contiguous()  # which may be one 0 for all nodes
-    return Certified(x, best.lower, best.upper, best.bound, best.rounding, steps, best.matvecs)
+    evidence = best.lower, best.upper, best.bound, best.rounding, steps, best.matvecs
+    return Certified(x, *evidence, best.product)
 
 
 class _Best:
     """The best answer so far and what is known of it; at first x = 0, whose residual is b."""
 
     def __init__(
-        self, operator: Transition, mu: Tensor, rhs: Tensor, initial: Tensor, allowed: Tensor
+        self,
+        operator: Transition,
+        mu: Tensor,
+        rhs: Tensor,
+        initial: Tensor,
+        allowed: Tensor,
+        keep: bool,
     ) -> None:
         self.operator, self.mu, self.rhs, self.norm = operator, mu, rhs, norm_of(operator)
         self.x, self.residual = rhs.new_zeros(()).expand_as(rhs), rhs
@@ -487,6 +507,10 @@ class _Best:
         self.untouched = (self.bound > allowed) & (self.initial_size > 0)
         self.matvecs = torch.zeros(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
         self.precise = {operator.dtype: operator}
+        # P x, or None while x = 0; and that of the last candidate.
+        self.keep = keep
+        self.product: Tensor | None = None
+        self.walked: Tensor | None = None
 
     def judge(self, candidate: Tensor, asked: Tensor, precision: torch.dtype) -> None:
         """Take the candidate where asked and better; one product computed in `precision`."""
@@ -532,7 +556,11 @@ class _Best:
             torch.where(better, residual, self.residual, out=residual)
             bound = torch.where(better, bound, self.bound)
             rounding = torch.where(better, rounding, self.rounding)
+            if self.walked is not None:
+                before = torch.zeros_like(self.walked) if self.product is None else self.product
+                self.walked = torch.where(better, self.walked, before)
         self.x, self.residual, self.bound, self.rounding = candidate, residual, bound, rounding
+        self.product = self.walked
 
     def _evidence(self, operator: Transition, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The residual of x, bounds of x* − x, and what rounding adds to them, in the dtype of `rhs`.
@@ -541,6 +569,8 @@ class _Best:
         """
         dtype, rhs, mu = operator.dtype, self.rhs, self.mu
         walked = operator.matmul(x.to(dtype))
+        if self.keep:
+            self.walked = walked
         residual = torch.addcmul(rhs.to(dtype), mu.to(dtype), walked).sub_(x.to(dtype)).to(rhs.dtype)
         low, high = self._interval(residual)
         extra = self.slack(operator, size(x, self.norm, self.scratch))

@@ -229,6 +229,8 @@ def test_compiles_as_one_graph(backend):
     torch.testing.assert_close(plain_seed.grad, compiled_seed.grad, rtol=0, atol=1e-3)
     for (name, a), b in zip(model.named_parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(compiled_seed, features), y, rtol=0, atol=1e-5)
 
 
 def test_learns_to_clean_a_noisy_seed():

@@ -200,6 +200,8 @@ def test_compiles_as_one_graph(backend, solver):
             atol=1e-2 * float(a.grad.abs().max()) + 1e-4,
             msg=lambda m, n=name: f"{n}: {m}",
         )
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(compiled_seed, features), y, rtol=0, atol=1e-3)
 
 
 def test_the_solve_is_a_well_behaved_operator_of_torch():

@@ -129,6 +129,33 @@ def test_gradients_in_lower_precision(dtype, close):
         assert (a.double() - b).abs().max() <= close * b.abs().max()
 
 
+def test_a_backward_has_the_products_of_its_solve_and_no_others():
+    """P x is known from the forward's certificate, Pᵀ v from the backward's; unless somebody goes on."""
+    calls = []
+
+    def step(name, left, right):
+        def walked(y):
+            calls.append(name)
+            return left * y.roll(1, -2) + right * y.roll(-1, -2)
+
+        return walked
+
+    P = gd.FunctionTransition(step("P", 0.7, 0.3), 12, rmatmul=step("P.T", 0.3, 0.7), dtype=torch.float64)
+    s = torch.randn(12, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
+    mu = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    y = gd.diffuse(P, s, mu, solver=gd.solvers.Walk())
+    calls.clear()
+    once = torch.autograd.grad(y.square().sum(), (s, mu), retain_graph=True)
+    assert "P" not in calls
+    backward = len(calls)
+    calls.clear()
+    again = torch.autograd.grad(y.square().sum(), (s, mu), create_graph=True)
+    assert calls.count("P.T") == backward + 1
+    assert calls.count("P") == 1
+    for a, b in zip(once, again, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_backward_that_misses_its_promise_warns():
     P = gd.DenseTransition(torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64))
     s = torch.ones(2, dtype=torch.float64, requires_grad=True)

@@ -118,6 +118,14 @@ def test_the_walks_follow_equation_5():
             torch.testing.assert_close(walk.flatten(2).mT, y, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_network_compiles_as_one_graph(recorded):
+    model, image = DifNet("resnet18", 5).eval(), torch.randn(1, 3, 33, 49)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.set_grad_enabled(recorded):
+        torch.testing.assert_close(compiled(image), model(image), rtol=1e-4, atol=1e-4)
+
+
 # --- Branches side by side
 
 VARIANTS = {"cascade": {}, "shared": {"transitions": "last"}, "exact": {"diffusion": "exact"}}
