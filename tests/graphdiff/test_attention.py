@@ -183,6 +183,17 @@ def test_attention_in_half_precision_multiplies_in_float32(by):
     assert (product.double() - exact).abs().max() < 1e-5
 
 
+def test_degrees_that_were_found_belong_to_the_features_they_were_found_for(by):
+    """Copies in as many digits share them; those of rounded features have their own."""
+    P = gd.AttentionTransition(randn(20, 6, dtype=torch.float32))
+    P @ randn(20, 2, dtype=torch.float32)
+    narrow = P.to(torch.bfloat16)
+    for other in (P.to(torch.float64), narrow.to(torch.float32), narrow.to(torch.float64), P):
+        fresh = gd.AttentionTransition(other.psi.clone())
+        torch.testing.assert_close(other.log_degree, fresh.log_degree, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(other.log_degree, (other.psi @ other.psi.mT).logsumexp(-1))
+
+
 def test_hub_attention_is_stable_where_degrees_span_hundreds_of_orders(threads, by):
     psi = randn(30, 4) * torch.linspace(1, 12, 30, dtype=torch.float64).unsqueeze(-1)
     spread = gd.AttentionTransition(psi).log_degree
