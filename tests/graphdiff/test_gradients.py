@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from torch.autograd import gradcheck, gradgradcheck
 
 import graphdiff as gd
+from graphdiff.solvers.base import Budget, solve_certified
 from tests.graphdiff.zoo import OPERATORS, SOLVERS, applies, oracle, problems
 
 TIGHT = {"tol": 1e-13, "on_failure": "ignore"}
@@ -154,6 +155,28 @@ def test_a_backward_has_the_products_of_its_solve_and_no_others():
     assert {name: calls.count(name) - 1 for name in backward} == backward
     for a, b in zip(once, again, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("max_steps", [None, 0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", [gd.solvers.CG(), gd.solvers.Walk(), gd.solvers.Direct()])
+def test_the_product_that_is_kept_is_that_of_the_answer(solver, dtype, max_steps):
+    """Of signals that are done at once, refined, given up, or so badly guessed that 0 is better."""
+    g = torch.Generator().manual_seed(3)
+    operator = gd.AttentionTransition(torch.randn(30, 3, generator=g, dtype=torch.float64).to(dtype))
+    b = torch.randn(30, 4, generator=g, dtype=torch.float64)
+    mu = torch.tensor([[0.9]], dtype=torch.float64)
+    P = operator.to(torch.float64).dense()
+    initial = torch.linalg.solve(torch.eye(30, dtype=torch.float64) - 0.9 * P, b)
+    initial[:, 1], initial[:, 2] = 1e9 * b[:, 1], 0
+    atol = torch.tensor([[1e-6, 1e-6, 1e-9, 1e-2]], dtype=torch.float64)
+    state, budget = solver.prepare(operator, mu.to(dtype)), Budget(max_steps=max_steps)
+    given = {"initial": initial, "atol": atol, "budget": budget}
+    found = solve_certified(solver, state, operator, b, mu, keep=True, **given)
+    assert max_steps != 0 or isinstance(solver, gd.solvers.Direct) or (found.x[:, 1] == 0).all()
+    scale = 1e-4 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(found.product.double(), P @ found.x, rtol=scale, atol=scale)
+    assert solve_certified(solver, state, operator, b, mu, **given).product is None
 
 
 def test_a_backward_that_misses_its_promise_warns():
