@@ -258,9 +258,8 @@ class _Block:
         self.spread = float(log_weight.amin().double().clamp(min=LEAST).mul(0.5).exp())
         kind = self.width, dtype
         if kind not in memory:
-            # torch's memory begins where a cache line does.
-            of = getattr(torch, dtype.name)
-            memory[kind] = [torch.empty(nodes, self.width, dtype=of).numpy() for _ in range(5)]
+            parts = _sweeps().block(*[(nodes * self.width, dtype)] * 5)
+            memory[kind] = [part.reshape(nodes, self.width) for part in parts]
         self.vectors = memory[kind]
         self.loss = LOSS / np.finfo(dtype).eps
 
@@ -273,13 +272,13 @@ class _Block:
                 np.pad(v, ((0, 0), (0, self.width - width))) for v in (given, start, found)
             )
         x, r, p, t, w = self.vectors
-        for vector in (p, t, w):
-            # What is left of other signals may be no number.
-            vector.fill(0)
+        # What is left of other signals may be no number.
+        p.fill(0)
         turn, step = (np.zeros((1, self.width), x.dtype) for _ in range(2))
         unit, sums = np.ones(self.width), np.zeros((2, self.width))
+        weights = self.weights, self.summed
         sweeps.entered(triangles[:3], self.scales, given, start, x, r, unit, lanes)
-        sweeps.moved(x, r, t, w, step, self.weights, self.summed, sums, lanes)
+        sweeps.weighed(r, *weights, sums, lanes)
         factor, square = unit * self.factor, sums[0].copy()
         target = np.full(self.width, np.inf)
         target[:width] = done.target[place]
@@ -303,15 +302,16 @@ class _Block:
             on = on and not done.limits.budget.timed_out
             if on:
                 sweeps.iterated(
-                    *(triangles.lower, triangles.upper, self.weights, self.summed, factor),
+                    *(triangles.lower, triangles.upper, *weights, factor),
                     *(vectors, numbers, most, lanes),
                 )
         # Residuals that only grew say that the weights are blind to what matters.
         lost = ~(bound < largest) & (steps > 0)
-        kept = (found if added else start)[:, lost].copy()
+        kept = (found if added else start)[:, lost].copy() if lost.any() else None
         unit[:width] *= done.unit[place]
         sweeps.left(triangles.order, self.out, x, unit.astype(x.dtype).reshape(1, -1), found, added, lanes)
-        found[:, lost] = kept
+        if kept is not None:
+            found[:, lost] = kept
         if found is not wanted:
             wanted[:] = found[:, :width]
 

@@ -309,6 +309,20 @@ def entered(
 
 
 @compiled
+def weighed(r: Any, weights: Any, summed: bool, sums: Any, lanes: Any) -> None:
+    """Σ r² and Σ or max of |r| with weights into `sums`, added up as `moved` does."""
+    a0 = zeros(lanes)
+    a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
+    for i in range(uint64(len(weights))):
+        v = wide(load(r, i, lanes))
+        a0, a1, a2, a3 = a1, a2, a3, a0 + v * v
+        y = magnitude(v) * weights[i]
+        b0, b1, b2, b3 = b1, b2, b3, b0 + y if summed else larger(b0, y)
+    store(sums, uint64(0), (a0 + a1) + (a2 + a3))
+    store(sums, uint64(1), (b0 + b1) + (b2 + b3) if summed else larger(larger(b0, b1), larger(b2, b3)))
+
+
+@compiled
 def _less(lower: Any, upper: Any, x: Any, r: Any, lanes: Any) -> None:
     """r ← r − (I − L − Lᵀ)x."""
     (below, into_below, of_below), (above, into_above, of_above) = lower, upper
