@@ -367,13 +367,47 @@ def _forth(lower: Any, p: Any, t: Any, w: Any, sums: Any, lanes: Any) -> None:
 
 
 @compiled
+def _moved_by_fours(
+    x: Any, r: Any, t: Any, w: Any, alpha: Any, weights: Any, summed: bool, parts: Any, four: Any
+) -> None:
+    """What `moved` does, for all nodes but the last three at most; its eight sums so far into `parts`."""
+    a = b = zeros(four)
+    for i in range(uint64(len(weights)) // uint64(4)):
+        direction = load(t, i, four)
+        store(x, i, load(x, i, four) + direction * alpha)
+        q = load(r, i, four) - (direction + load(w, i, four)) * alpha
+        store(r, i, q)
+        v = wide(q)
+        a = a + v * v
+        y = magnitude(v) * load(weights, i, four)
+        b = b + y if summed else larger(b, y)
+    store(parts, uint64(0), a)
+    store(parts, uint64(1), b)
+
+
+@compiled
+def _four(x: Any, first: int, lanes: Any) -> Any:
+    """Four rows."""
+    one = uint64(1)
+    second, third, last = first + one, first + one + one, first + one + one + one
+    return load(x, first, lanes), load(x, second, lanes), load(x, third, lanes), load(x, last, lanes)
+
+
+@compiled
 def moved(
     x: Any, r: Any, t: Any, w: Any, step: Any, weights: Any, summed: bool, sums: Any, lanes: Any
 ) -> None:
     """x ← x + step·t, r ← r − step·(t + w); Σ r² and Σ or max of |r| with weights into `sums`."""
-    alpha, a0 = load(step, uint64(0), lanes), zeros(lanes)
+    alpha, a0, first = load(step, uint64(0), lanes), zeros(lanes), uint64(0)
     a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
-    for i in range(uint64(len(weights))):
+    if len(lanes) == 1:
+        # Of one signal four nodes stand beside each other.
+        parts = np.empty((8, 1), np.float64)
+        _moved_by_fours(x, r, t, w, step[0, 0], weights, summed, parts, (0, 0, 0, 0))
+        first = uint64(len(weights)) // uint64(4) * uint64(4)
+        a0, a1, a2, a3 = _four(parts, uint64(0), lanes)
+        b0, b1, b2, b3 = _four(parts, uint64(4), lanes)
+    for i in range(first, uint64(len(weights))):
         direction = load(t, i, lanes)
         store(x, i, load(x, i, lanes) + direction * alpha)
         q = load(r, i, lanes) - (direction + load(w, i, lanes)) * alpha

@@ -137,6 +137,34 @@ def test_a_signal_has_its_bits_and_steps_in_any_company_and_by_any_threads(dtype
 
 
 @with_numba
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("nodes", [1, 2, 3, 4, 5, 10, 101])
+def test_a_move_of_one_signal_has_the_bits_it_has_in_company(nodes, dtype, summed):
+    from graphdiff.solvers import sweeps
+
+    g = torch.Generator().manual_seed(nodes)
+    vectors = torch.randn(4, nodes, 8, generator=g, dtype=dtype)
+    step, weights = torch.rand(1, 8, generator=g, dtype=dtype), torch.rand(nodes, generator=g, **f64)
+
+    def move(some):
+        x, r, t, w = (v[:, some].clone() for v in vectors)
+        arrays = [v.contiguous().numpy() for v in (x, r, t, w, step[:, some])]
+        sums = torch.zeros(2, len(some), **f64)
+        sweeps.moved(*arrays, weights.numpy(), summed, sums.numpy(), (0,) * len(some))
+        return *(torch.from_numpy(v) for v in arrays[:2]), sums
+
+    together = move(range(8))
+    for k in (0, 7):
+        for alone, found in zip(move([k]), together, strict=True):
+            assert torch.equal(alone, found[:, k : k + 1])
+    r = together[1].double()
+    torch.testing.assert_close(together[2][0], r.square().sum(0))
+    size = r.abs() * weights[:, None]
+    torch.testing.assert_close(together[2][1], size.sum(0) if summed else size.amax(0))
+
+
+@with_numba
 def test_signals_of_all_sizes_side_by_side():
     P = weighted(200, 5)
     s = torch.randn(200, 6, generator=torch.Generator().manual_seed(2), **f64)
