@@ -21,21 +21,10 @@ from graphdiff.solvers.base import (
     Solver,
     carry_on,
     norm_of,
-    remaining_of,
     steps_to,
 )
-from graphdiff.solvers.ssor import BURST, Line, Progressed, fits, lines_of, sweep_all
+from graphdiff.solvers.ssor import BURST, Line, Progressed, Triangles, each_mu, fits, sweep_all
 from graphdiff.solvers.walk import Walk
-
-
-class Triangles(NamedTuple):
-    """The nodes' order, and what `directed_sweeps.split` returns for one µ."""
-
-    order: Any
-    lower: Any
-    upper: Any
-    scales: Any
-    bound: float
 
 
 class Swept(NamedTuple):
@@ -101,14 +90,10 @@ class DirectedSSOR(Solver):
         P, nodes, summed = operator.to_scipy(), operator.shape[-1], norm_of(operator) == "one"
         # That of the transpose has rows of other lengths.
         order, looped = sweeps.ordered(P.indptr, P.indices) if summed else operator.sweep_order()
-        triangles = []
-        for m in mu.mT.reshape(-1, mu.shape[-2], 1):
-            numbers = (
-                np.ascontiguousarray(x.double().expand(nodes, 1).squeeze(-1).numpy())
-                for x in (m, remaining_of(operator, m))
-            )
-            split = sweeps.split(P.indptr, P.indices, P.data, order, looped, summed, *numbers)
-            triangles.append(Triangles(order, *split))
+        triangles = [
+            Triangles(order, *sweeps.split(P.indptr, P.indices, P.data, order, looped, summed, *numbers))
+            for numbers in each_mu(operator, mu)
+        ]
         # One for all signals, which none is orthogonal to but by accident. Where the start is a single node,
         # its residual in this place takes up to 1.7 times as many steps.
         shadow = np.random.default_rng(0).uniform(-1.0, 1.0, nodes)
@@ -116,28 +101,21 @@ class DirectedSSOR(Solver):
 
     def solve(self, state: Swept, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Iterate until the bound of each right-hand side is below its target."""
-        operator, mu, _, triangles, _ = state
+        operator, mu = state[:2]
         batch = checks.broadcast_batch([operator.shape[:-2], rhs.shape[:-2], mu.shape[:-2]], "P, s and µ")
         nodes, channels = rhs.shape[-2:]
         pinned = mu == 0
         start = torch.where(pinned, rhs, initial)
         y = rhs.new_empty(*batch, nodes, channels)
         done = Progressed(target, torch.ones_like(target).expand(*batch, 1, channels), limits)
-        which = torch.arange(len(triangles)).reshape(*mu.shape[:-2], mu.shape[-1])
-        which = which.expand(*batch, channels).reshape(batch.numel(), channels)
-        arrays = [t.expand_as(y).reshape(-1, nodes, channels).numpy() for t in (rhs, start)]
-        arrays.append(y.view(-1, nodes, channels).numpy())
 
-        def sweep(line: Line, memory: dict[Any, Any]) -> None:
-            b, guess, found = (t[line.place][:, line.part] for t in arrays)
+        def sweep(line: Line, memory: dict[Any, Any], b: Any, guess: Any, found: Any) -> None:
             _Block(state, line, b.dtype, memory).solve(b, guess, found, done)
 
-        sweep_all(sweep, lines_of(which, mu.shape[-1], nodes, y.dtype), state.memory, done)
+        steps, unfinished = sweep_all(sweep, mu, (rhs, start, y), state.memory, done)
         if bool(pinned.any()):
             # Where µ_i = 0 the answer is b_i, to the last bit.
             y = torch.where(pinned, rhs, y)
-        steps = torch.from_numpy(done.steps).reshape(*batch, channels)
-        unfinished = torch.from_numpy(~(done.bound <= done.target)).reshape(*batch, 1, channels)
         # The residual of the start, and a triangle at either end.
         reached = Iterate(y, steps, 2 * steps + 2)
         return carry_on(Walk(), Problem(operator, mu), rhs, reached, unfinished, target, limits)

@@ -6,7 +6,8 @@ of I − µS (1 + µ)/(1 − µ): for (I − L)(I − Lᵀ) = I − µS + LLᵀ,
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ BURST = 10**8
 
 
 class Triangles(NamedTuple):
-    """What `sweeps` makes of a walk for one µ: the nodes' order, and what `sweeps.split` returns."""
+    """What is made of a walk for one µ: the nodes' order, and what `split` of the compiled sweeps returns."""
 
     order: Any
     lower: Any
@@ -115,13 +116,10 @@ class SSOR(Solver):
         degree = log_weight.squeeze(-1).double().clamp(min=LEAST).exp().numpy()
         P = operator.to_scipy()
         order, looped = operator.sweep_order()
-        triangles = []
-        for m in mu.mT.reshape(-1, mu.shape[-2], 1):
-            remaining = remaining_of(operator, m).double().expand(len(degree), 1)
-            m = m.double().expand(len(degree), 1)
-            numbers = (np.ascontiguousarray(x.squeeze(-1).numpy()) for x in (m, remaining))
-            split = sweeps.split(P.indptr, P.indices, P.data, order, looped, degree, *numbers)
-            triangles.append(Triangles(order, *split))
+        triangles = [
+            Triangles(order, *sweeps.split(P.indptr, P.indices, P.data, order, looped, degree, *numbers))
+            for numbers in each_mu(operator, mu)
+        ]
         return Swept(operator, mu, log_weight, triangles, {})
 
     def transposed(self, state: Swept) -> Swept:
@@ -130,7 +128,7 @@ class SSOR(Solver):
 
     def solve(self, state: Swept, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Iterate until the bound of each right-hand side is below its target."""
-        operator, mu, log_weight, triangles, _ = state
+        operator, mu, log_weight = state[:3]
         batch = checks.broadcast_batch([operator.shape[:-2], rhs.shape[:-2], mu.shape[:-2]], "P, s and µ")
         nodes, channels = rhs.shape[-2:]
         given, start, unit, pinned = rhs, initial, torch.ones_like(target), bool((mu == 0).any())
@@ -142,21 +140,22 @@ class SSOR(Solver):
             y.copy_(base)
             start = torch.zeros_like(initial)
         done = Progressed(target, unit.expand(*batch, 1, channels), limits)
-        which = torch.arange(len(triangles)).reshape(*mu.shape[:-2], mu.shape[-1])
-        which = which.expand(*batch, channels).reshape(batch.numel(), channels)
-        arrays = [t.expand_as(y).reshape(-1, nodes, channels).numpy() for t in (given, start)]
-        arrays.append(y.view(-1, nodes, channels).numpy())
 
-        def sweep(line: Line, memory: dict[Any, Any]) -> None:
-            b, guess, found = (t[line.place][:, line.part] for t in arrays)
+        def sweep(line: Line, memory: dict[Any, Any], b: Any, guess: Any, found: Any) -> None:
             _Block(state, line, b.dtype, memory).solve(b, guess, found, done, pinned)
 
-        sweep_all(sweep, lines_of(which, mu.shape[-1], nodes, y.dtype), state.memory, done)
-        steps = torch.from_numpy(done.steps).reshape(*batch, channels)
-        unfinished = torch.from_numpy(~(done.bound <= done.target)).reshape(*batch, 1, channels)
+        steps, unfinished = sweep_all(sweep, mu, (given, start, y), state.memory, done)
         # The residual of the start, and a triangle at either end.
         reached = Iterate(y, steps, steps + 2)
         return carry_on(Chebyshev(), Problem(operator, mu), rhs, reached, unfinished, target, limits)
+
+
+def each_mu(operator: Transition, mu: Tensor) -> Iterator[tuple[Any, Any]]:
+    """µ and 1 − µ·rowsum as arrays [N], for each of µ's leading dimensions and channels, in their order."""
+    nodes = operator.shape[-1]
+    for m in mu.mT.reshape(-1, mu.shape[-2], 1):
+        one, rest = (x.double().expand(nodes, 1).squeeze(-1) for x in (m, remaining_of(operator, m)))
+        yield np.ascontiguousarray(one.numpy()), np.ascontiguousarray(rest.numpy())
 
 
 class Progressed:
@@ -208,12 +207,26 @@ def lines_of(which: Tensor, mus: int, nodes: int, dtype: torch.dtype) -> list[Li
 
 
 def sweep_all(
-    sweep: Callable[[Line, dict[Any, Any]], None],
-    lines: list[Line],
+    sweep: Callable[[Line, dict[Any, Any], Any, Any, Any], None],
+    mu: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor],
     memory: dict[int, dict[Any, Any]],
     done: Progressed,
-) -> None:
-    """All lines, each by one of torch's number of threads, with memory of the thread's own."""
+) -> tuple[Tensor, Tensor]:
+    """All lines, each by one of torch's number of threads, with memory of the thread's own.
+
+    `sweep` is given the line, its thread's memory, and the line's part of the tensors as arrays [N, width]:
+    right-hand sides, first guesses, and the place for what it finds, which is as large as there are answers.
+
+    Returns:
+        The steps [..., K], and which right-hand sides [..., 1, K] are not done.
+    """
+    *batch, nodes, channels = tensors[-1].shape
+    mus = torch.arange(mu.numel() // mu.shape[-2]).reshape(*mu.shape[:-2], mu.shape[-1])
+    which = mus.expand(*batch, channels).reshape(math.prod(batch), channels)
+    lines = lines_of(which, mu.shape[-1], nodes, tensors[-1].dtype)
+    arrays = [t.expand_as(tensors[-1]).reshape(-1, nodes, channels).numpy() for t in tensors[:-1]]
+    arrays.append(tensors[-1].view(-1, nodes, channels).numpy())
     # Who is asked after every step hears of one line after the other.
     threads = 1 if done.asked else min(torch.get_num_threads(), len(lines))
     waiting = iter(lines)
@@ -222,7 +235,7 @@ def sweep_all(
         own = memory.setdefault(thread, {})
         with torch.no_grad():
             for line in waiting:
-                sweep(line, own)
+                sweep(line, own, *(x[line.place][:, line.part] for x in arrays))
 
     if threads == 1:
         work(0)
@@ -231,6 +244,8 @@ def sweep_all(
         from graphdiff.operators.threads import pythons
 
         list(pythons(threads).map(work, range(threads)))
+    steps = torch.from_numpy(done.steps).reshape(*batch, channels)
+    return steps, torch.from_numpy(~(done.bound <= done.target)).reshape(*batch, 1, channels)
 
 
 class _Block:
