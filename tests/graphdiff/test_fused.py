@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -182,6 +183,44 @@ def test_certificates_count_what_tensor_cores_lose(everywhere):
     unit = torch.finfo(torch.float32).eps / torch.finfo(torch.float64).eps
     assert (counted > each * unit * wide).all()
     assert P.degree_rounding(torch.float32) > each * unit * P.degree_rounding(torch.float64)
+
+
+def cut(x, unit):
+    """Towards 0, to a multiple of the unit."""
+    return np.trunc(x / unit) * unit
+
+
+def by_tensor_cores(a, b):
+    """Σ a b as three sums of TF32 products, each cutting off as ROUNDING takes it to; of float64 [m, n]."""
+    halves = []
+    for x in (a, b):
+        upper = cut(x, np.spacing(np.abs(x).astype(np.float32)).astype(np.float64) * 2**13)
+        rest = x - upper
+        halves.append(
+            (upper, cut(rest, np.spacing(np.abs(rest).astype(np.float32)).astype(np.float64) * 2**13))
+        )
+    (a_upper, a_lower), (b_upper, b_lower) = halves
+    total = np.zeros(len(a))
+    for left, right in ((a_lower, b_upper), (a_upper, b_lower), (a_upper, b_upper)):
+        for k in range(0, a.shape[1], 8):
+            terms = np.concatenate([total[:, None], left[:, k : k + 8] * right[:, k : k + 8]], 1)
+            largest = np.abs(terms).max(1).astype(np.float32)
+            last_place = np.spacing(largest).astype(np.float64)[:, None]
+            total = cut(cut(terms, last_place).sum(1), last_place[:, 0])
+    return total
+
+
+@given(n=st.integers(1, 200), spread=st.sampled_from([0.0, 1.0, 6.0]), seed=st.integers(0, 99))
+def test_the_bound_of_a_sum_holds_for_products_in_parts_that_are_cut_off(n, spread, seed):
+    draw = np.random.default_rng(seed)
+    a, b = (
+        (draw.normal(size=(50, n)) * 10 ** (spread * draw.normal(size=(50, n)) / 2)).astype(np.float32)
+        for _ in range(2)
+    )
+    a, b = (np.abs(x).astype(np.float64) if seed % 2 else x.astype(np.float64) for x in (a, b))
+    each, besides = fused.ROUNDING
+    allowed = (each * n + besides) * np.finfo(np.float32).eps * (np.abs(a) * np.abs(b)).sum(1)
+    assert (np.abs(by_tensor_cores(a, b) - (a * b).sum(1)) <= allowed).all()
 
 
 @runs
