@@ -135,6 +135,9 @@ def signal(s: object, nodes: int, name: str = "s") -> Tensor:
 
 def broadcast_batch(shapes: Sequence[torch.Size], names: str) -> torch.Size:
     """The common leading shape of several arguments."""
+    if all(shape == shapes[0] for shape in shapes):
+        # torch compares dimension by dimension, which takes longer than a small product.
+        return torch.Size(shapes[0])
     try:
         return torch.Size(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
     except RuntimeError:

@@ -138,12 +138,12 @@ class Transition(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """Of the operator's numbers."""
-        return self.tensors()[0].dtype
+        return next(self._each_tensor()).dtype
 
     @property
     def device(self) -> torch.device:
         """Where the operator's tensors lie."""
-        return self.tensors()[0].device
+        return next(self._each_tensor()).device
 
     def __matmul__(self, y: Tensor) -> Tensor:
         checks.same_dtype(checks.floating(y, "y"), "y", self.dtype, "the operator")
@@ -214,14 +214,15 @@ class Transition(ABC):
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The floating-point tensors P is made of, nested operators' included: what gradients flow to."""
-        found: list[Tensor] = []
+        return tuple(self._each_tensor())
+
+    def _each_tensor(self) -> Iterator[Tensor]:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
             value = getattr(self, field.name)
             if isinstance(value, Transition):
-                found.extend(value.tensors())
+                yield from value._each_tensor()
             elif isinstance(value, Tensor) and value.is_floating_point():
-                found.append(value)
-        return tuple(found)
+                yield value
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
         """The same operator made of other tensors with the same values, so nothing is checked again."""

@@ -156,9 +156,10 @@ class FunctionTransition(Transition):
         """Pᵀ v."""
         return super().rmatmul(v) if self.transposed is None else self.transposed(v, *self.arguments)
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def _each_tensor(self) -> Iterator[Tensor]:
         """The marker, the degrees, and the floating-point tensors given."""
-        return (*super().tensors(), *(x for x in self.arguments if x.is_floating_point()))
+        yield from super()._each_tensor()
+        yield from (x for x in self.arguments if x.is_floating_point())
 
     def _replaced(self, tensors: Iterator[Tensor], device: torch.device | None) -> "FunctionTransition":
         other = super()._replaced(tensors, device)

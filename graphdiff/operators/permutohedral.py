@@ -240,9 +240,9 @@ class GaussianTransition(Transition):
         largest = math.log(nodes) + (axes + 1) * math.log(2)
         return self.rounding(dtype) + 2 * torch.finfo(dtype).eps * largest
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def _each_tensor(self) -> Iterator[Tensor]:
         """The weights at the corners, which gradients pass on their way to the positions."""
-        return (self.lattice.weights,)
+        yield self.lattice.weights
 
     def _replaced(self, tensors: Iterator[Tensor], device: torch.device | None) -> "GaussianTransition":
         return GaussianTransition(self.lattice.with_weights(next(tensors)))

@@ -457,16 +457,6 @@ class SparseTransition(Transition):
         return torch.Size([*lead, nodes, nodes])
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the probabilities."""
-        return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where they lie."""
-        return self.values.device
-
-    @property
     def reversible(self) -> bool:  # type: ignore[override]  # follows from the degrees
         """Whether degrees are known."""
         return self.log_degree is not None
