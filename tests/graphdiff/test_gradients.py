@@ -76,9 +76,16 @@ def test_mu_of_every_shape(name, kind, transposed):
 
 
 @pytest.mark.slow
-@pairs
+@pytest.mark.parametrize(
+    ("name", "solver", "kind"),
+    [
+        (name, solver, kind)
+        for name, solver in pairs.args[1]
+        for kind in ("number", "channel", "node", "graph")
+        if (solver, kind) != ("BlockCG", "channel")  # which it refuses
+    ],
+)
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("kind", ["number", "channel", "node", "graph"])
 def test_gradcheck_and_gradgradcheck_entry_by_entry(name, solver, transposed, kind):
     function, inputs = diffuse_from(name, solver, transposed), instance(name, kind)
     assert gradcheck(function, inputs)
