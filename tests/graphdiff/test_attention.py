@@ -20,6 +20,7 @@ from graphdiff.operators.attention import (
     attention_transposed,
 )
 from graphdiff.operators.held import whole_lines
+from tests.graphdiff.zoo import check_that_no_number_stays_none
 
 with_numba = pytest.mark.skipif(
     importlib.util.find_spec("numba") is None, reason="numba, the extra [compiled], is absent"
@@ -294,17 +295,7 @@ def test_torchs_own_team_of_threads_is_found_where_torch_brings_it_along():
 
 
 def test_what_is_no_number_stays_none(by):
-    psi, y = randn(60, 3, dtype=torch.float32), randn(60, 2, dtype=torch.float32)
-    y[50, 1] = torch.nan
-    value = gd.AttentionTransition(psi) @ y
-    assert value[:, 0].isfinite().all()
-    assert value[:, 1].isnan().all()
-    for spoilt in (torch.nan, torch.inf, 1e30):
-        worse = psi.clone()
-        worse[3, 1] = spoilt
-        P = gd.AttentionTransition(worse)
-        assert not (P @ y)[3].isfinite().any()
-        assert not P.log_degree[3].isfinite()
+    check_that_no_number_stays_none(torch.device("cpu"))
 
 
 def test_many_small_terms_count_beside_a_large_one(by):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import graphdiff as gd
 from graphdiff.operators import attention as attention_module
 from graphdiff.operators import base
+from tests.graphdiff.zoo import check_that_no_number_stays_none
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -163,17 +164,7 @@ def test_second_derivatives_go_through_these_kernels_too(everywhere):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_what_is_no_number_stays_none(everywhere):
     """The interpreter warns of such numbers."""
-    psi, y = randn(60, 3).float().to(DEVICE), randn(60, 2).float().to(DEVICE)
-    y[50, 1] = torch.nan
-    value = gd.AttentionTransition(psi) @ y
-    assert value[:, 0].isfinite().all()
-    assert value[:, 1].isnan().all()
-    for spoilt in (torch.nan, torch.inf, 1e30):
-        worse = psi.clone()
-        worse[3, 1] = spoilt
-        P = gd.AttentionTransition(worse)
-        assert not (P @ y)[3].isfinite().any()
-        assert not P.log_degree[3].isfinite()
+    check_that_no_number_stays_none(DEVICE)
 
 
 def test_certificates_count_what_tensor_cores_lose(everywhere):

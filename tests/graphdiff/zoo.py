@@ -350,3 +350,19 @@ def problems(
     leaf = OPERATORS[name].leaf(g, batch if OPERATORS[name].batched else (), n)
     s = torch.randn(*batch, n, draw(st.integers(1, 3)), generator=g, dtype=torch.float64)
     return Problem(name, leaf, s * 10.0 ** draw(st.integers(-3, 3)), draw(st.sampled_from(mus)))
+
+
+def check_that_no_number_stays_none(device: torch.device) -> None:
+    """What is not finite in a signal or in features shows in an attention walk's products."""
+    g = torch.Generator().manual_seed(3)
+    psi, y = (torch.randn(60, width, generator=g).to(device) for width in (3, 2))
+    y[50, 1] = torch.nan
+    value = gd.AttentionTransition(psi) @ y
+    assert value[:, 0].isfinite().all()
+    assert value[:, 1].isnan().all()
+    for spoilt in (torch.nan, torch.inf, 1e30):
+        worse = psi.clone()
+        worse[3, 1] = spoilt
+        P = gd.AttentionTransition(worse)
+        assert not (P @ y)[3].isfinite().any()
+        assert not P.log_degree[3].isfinite()
