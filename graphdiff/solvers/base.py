@@ -471,7 +471,7 @@ def _solve_some(
         if not bool(pending.any()):
             break
         correction = torch.where(pending, best.residual, 0.0)
-        initial = rhs.new_zeros(()).expand_as(rhs)
+        initial = torch.zeros_like(rhs)
         # What is left above the target is the certificate's own rounding: make room for it.
         target = 0.1 * target
     x = best.x.contiguous()  # which may be one 0 for all nodes

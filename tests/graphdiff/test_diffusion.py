@@ -481,6 +481,27 @@ def test_what_is_nearly_there_gets_there_by_walking():
     assert (sol.matvecs == 2).all()
 
 
+def test_solvers_are_handed_vectors_whose_numbers_lie_beside_each_other():
+    """In a refinement too, which starts from 0: compiled code reads several signals at a time."""
+    handed = []
+
+    class Short(gd.solvers.Walk):
+        """Leaves a tenth of the way."""
+
+        def solve(self, state, rhs, initial, target, limits):
+            handed.extend([rhs, initial])
+            found = super().solve(state, rhs, initial, target, limits)
+            return found._replace(x=0.9 * found.x)
+
+    P = gd.DenseTransition.from_affinity(
+        torch.rand(6, 6, generator=torch.Generator().manual_seed(0)).double()
+    )
+    sol = gd.solve(P, torch.eye(6, dtype=torch.float64)[:4].T, 0.5, solver=Short(), tol=1e-3)
+    assert sol.converged.all()
+    assert len(handed) > 2
+    assert all(x.is_contiguous() for x in handed)
+
+
 def test_cg_weighs_nodes_by_their_own_mu():
     """Self-adjoint in D/M (theory 9), nodes with µ = 0 and any first guess included."""
     g = torch.Generator().manual_seed(3)
