@@ -12,7 +12,7 @@ from graphdiff.implicit import Call, Ending, OnFailure, Outcome, concluded, endi
 from graphdiff.operators.base import Transition, check_transition
 from graphdiff.solution import Norm, Progress, Solution
 from graphdiff.solvers.auto import Auto, chosen
-from graphdiff.solvers.base import Budget, Solver, norm_of, size
+from graphdiff.solvers.base import Budget, Solver, memory, norm_of, size
 from graphdiff.solvers.shifted import Shifted
 
 
@@ -166,9 +166,10 @@ def solve_scaled(
     operator = P.to(torch.float32) if P.dtype in (torch.float16, torch.bfloat16) else P
     wide = torch.float32 if P.device.type == "mps" else torch.float64
     seed, mu = signal.to(wide).expand(shape), mu.to(wide)
-    atol = tol * size(seed.detach(), norm)
+    room = memory(shape, seed)
+    atol = tol * size(seed.detach(), norm, room)
     start = (seed if initial is None else initial.to(wide).expand(shape)).detach()
-    target, extra, largest = atol, torch.zeros_like(atol), torch.ones_like(atol)
+    target = atol
     if scaling is not None:
         # Of size 1, so that no narrower dtype overflows.
         unit = size((seed / scaling.factor).detach(), norm)
@@ -178,25 +179,27 @@ def solve_scaled(
         target = torch.clamp(atol / largest - extra, min=0.25 * atol / largest)
     method, why = chosen(solver, operator, mu, shape[-1], tol)
     call = Call(operator, method, tol, budget, on_failure)
-    answer = implicit_solve(call, (1 - mu) * seed, mu, initial=start, atol=target)
+    recorded = torch.is_grad_enabled() and (mu.requires_grad or seed.requires_grad)
+    rhs = torch.mul(1 - mu, seed, out=None if recorded else room)
+    answer = implicit_solve(call, rhs, mu, initial=start, atol=target)
 
     y, lower, upper = (checks.real(x, P.mask) for x in (answer.x, answer.lower, answer.upper))
+    bound, rounding, matvecs = answer.error_bound, answer.rounding, answer.matvecs
     if scaling is not None:
         y, lower, upper = factor * y, factor.detach() * (lower - extra), factor.detach() * (upper + extra)
+        bound, rounding = largest * (bound + extra), largest * (rounding + extra)
     value = y.to(operator.dtype)
-    bound = largest * (answer.error_bound + extra)
-    cast = torch.zeros_like(bound)
-    if value.dtype != wide:
-        cast = size(value.detach().to(wide) - y.detach(), norm)
-    missed, matvecs = bound + cast > atol, answer.matvecs
-    if scaling is not None and scaling.closer is not None and bool(missed.any()) and not budget.timed_out:
-        given = signal.detach().to(wide).expand(shape)
-        error, products = scaling.closer(given, mu.detach(), y.detach(), max_steps)
-        matvecs = matvecs + torch.where(missed.squeeze(-2), products, 0)
-        bound = torch.where(missed, torch.minimum(bound, size(error, norm)), bound)
-        lower = torch.where(missed, torch.maximum(lower, y.detach() - error), lower)
-        upper = torch.where(missed, torch.minimum(upper, y.detach() + error), upper)
-    error_bound, rounding = bound + cast, largest * (answer.rounding + extra) + cast
+    cast = 0.0 if value.dtype == wide else size(value.detach().to(wide) - y.detach(), norm)
+    if scaling is not None and scaling.closer is not None and not budget.timed_out:
+        missed = bound + cast > atol
+        if bool(missed.any()):
+            given = signal.detach().to(wide).expand(shape)
+            error, products = scaling.closer(given, mu.detach(), y.detach(), max_steps)
+            matvecs = matvecs + torch.where(missed.squeeze(-2), products, 0)
+            bound = torch.where(missed, torch.minimum(bound, size(error, norm)), bound)
+            lower = torch.where(missed, torch.maximum(lower, y.detach() - error), lower)
+            upper = torch.where(missed, torch.minimum(upper, y.detach() + error), upper)
+    error_bound, rounding = bound + cast, rounding + cast
     how = ending(error_bound, atol, rounding, operator.dtype, spent(budget, answer.steps))
     found = Outcome(value, lower, upper, error_bound, atol, answer.steps, matvecs)
     return concluded(found, s, norm, on_failure, call="solve", solver=str(method), why=why, how=how)

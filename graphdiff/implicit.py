@@ -65,6 +65,8 @@ class _ImplicitSolve(torch.autograd.Function):
         state = call.state or call.solver.prepare(operator, mu.to(operator.dtype))
         given, keep = (call.solver, state, operator, rhs, mu), call.keep or any(ctx.needs_input_grad)
         answer = solve_certified(*given, initial=initial, atol=atol, budget=call.budget, keep=keep)
+        if not any(ctx.needs_input_grad):
+            return tuple(answer)
         # The forward's own state, which may hold a matrix, ends here; what the operator has found stays.
         ctx.call, ctx.state = replace(call, operator=operator), call.solver.transposed(state)
         ctx.save_for_backward(mu, answer.x, answer.product, *tensors)

@@ -338,6 +338,16 @@ class TransposedTransition(Transition):
         return self.original.shape
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the original's numbers."""
+        return self.original.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the original's tensors lie."""
+        return self.original.device
+
+    @property
     def T(self) -> Transition:
         """The operator this is the transpose of, itself."""
         return self.original

@@ -457,6 +457,16 @@ class SparseTransition(Transition):
         return torch.Size([*lead, nodes, nodes])
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the probabilities."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the probabilities lie, and all else with them."""
+        return self.values.device
+
+    @property
     def reversible(self) -> bool:  # type: ignore[override]  # follows from the degrees
         """Whether degrees are known."""
         return self.log_degree is not None
@@ -683,14 +693,13 @@ class _Pattern:
     @cached_property
     def arrivals(self) -> Tensor:
         """How many edges enter each node, [N]."""
-        if self.symmetric:
-            return self.indptr.diff()
         return torch.bincount(self.indices, minlength=len(self.indptr) - 1)
 
     @cached_property
     def longest(self) -> int:
         """Most edges in a row or a column."""
-        return max(int(self.indptr.diff().max()), int(self.arrivals.max()))
+        longest = int(self.indptr.diff().max())
+        return longest if self.symmetric else max(longest, int(self.arrivals.max()))
 
 
 def at_least_float32(x: Tensor) -> Tensor:

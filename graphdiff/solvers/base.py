@@ -10,9 +10,11 @@ negative part and the sum of its positive part, each divided by the same number.
 the interval would halve the bound, and make the error itself larger wherever the bound is loose.)
 """
 
+import functools
+import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -35,6 +37,8 @@ FOLDED = 32
 CACHED, FEWEST = 2**18, {torch.float32: 32, torch.float64: 8}
 # Numbers of a vector of all signals that several threads solve at a time, at most.
 SHARED = 2**24
+# Bytes of a huge page; numpy asks for them from two on.
+HUGE = 2**21
 # Terms of a sum that are added up in float32 before float64 goes on, and the weights that this suits.
 SUMMED, LIGHTEST = 64, 1e-9
 
@@ -227,16 +231,19 @@ def norm_of(operator: Transition) -> Norm:
 def size(x: Tensor, norm: Norm, scratch: Tensor | None = None) -> Tensor:
     """‖x‖ over the nodes of each right-hand side, [..., 1, K]; `scratch`, like x, is written over."""
     magnitude = torch.abs(x, out=scratch)
-    if norm == "one":
-        return magnitude.sum(-2, keepdim=True)
-    nodes, channels = x.shape[-2:]
+    return magnitude.sum(-2, keepdim=True) if norm == "one" else extreme(torch.amax, magnitude)
+
+
+def extreme(found: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """torch's `amax` or `amin` over the nodes of each right-hand side, [..., 1, K]."""
+    *batch, nodes, channels = x.shape
     if channels == 1 or nodes < FOLDED:
-        return magnitude.amax(-2, keepdim=True)
+        return found(x, -2, keepdim=True)
     # torch finds the maxima of a few long rows much faster than those of many short ones.
     left = nodes % FOLDED
-    rows = magnitude[..., left:, :].reshape(*x.shape[:-2], nodes // FOLDED, FOLDED * channels).amax(-2)
-    rows = rows.reshape(*x.shape[:-2], FOLDED, channels)
-    return torch.cat([rows, magnitude[..., :left, :]], -2).amax(-2, keepdim=True)
+    rows = found(x[..., left:, :].reshape(*batch, nodes // FOLDED, FOLDED * channels), -2)
+    rows = rows.reshape(*batch, FOLDED, channels)
+    return found(torch.cat([rows, x[..., :left, :]], -2), -2, keepdim=True)
 
 
 def total(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -395,18 +402,55 @@ def solve_certified(
     """
     channels = rhs.shape[-1]
     width = channels if solver.together else _width(solver, operator, mu, rhs)
-    done = []
+    solved = functools.partial(_solve_some, solver, state, operator, mu, budget, keep)
+    if width >= channels:
+        room = Room(*(memory(rhs.shape, rhs) for _ in Room._fields))
+        return solved(rhs.contiguous(), initial.contiguous(), atol.contiguous(), room)
+    vectors, parts = [memory(rhs.shape, rhs) for _ in range(3)], []
+    spare: Sequence[Tensor] = []
     for first in range(0, channels, width):
         some = slice(first, first + width)
-        b, start, allowed = (x[..., some].contiguous() for x in (rhs, initial, atol))
+        b, start, allowed = (x[..., some] for x in (rhs, initial, atol))
+        if not spare or spare[0].shape != b.shape:
+            spare = memory((2 + len(Room._fields), *b.shape), rhs).unbind()
         budget.waiting = rhs[..., :1, some.stop :].numel()
-        done.append(_solve_some(solver, state, operator, b, mu, start, allowed, budget, keep))
-    if len(done) == 1:
-        return done[0]
-    *parts, products = zip(*done, strict=True)
-    found = Certified(*(torch.cat(x, -1) for x in parts))
+        given = spare[0].copy_(b), spare[1].copy_(start), allowed.contiguous()
+        part = solved(*given, Room(*spare[2:]))
+        for vector, found in zip(vectors, part[:3], strict=True):
+            vector[..., some] = found
+        parts.append(part[3:])
+    *evidence, products = zip(*parts, strict=True)
+    whole = Certified(*vectors, *(torch.cat(x, -1) for x in evidence))
     kept = all(x is not None for x in products)
-    return found._replace(product=torch.cat(products, -1)) if kept else found
+    return whole._replace(product=torch.cat(products, -1)) if kept else whole
+
+
+class Room(NamedTuple):
+    """Memory to solve for a few channels in, [..., N, K] each, used again for the next.
+
+    New memory costs several times what a sum over it does.
+    """
+
+    x: Tensor
+    lower: Tensor
+    upper: Tensor
+    residual: Tensor
+    scratch: Tensor
+
+
+def memory(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Numbers like those of a tensor, of any value.
+
+    Large pieces from numpy, which gets them from Linux in huge pages, and from where one of these begins: to
+    touch small pages for the first time takes longer than several sums over what is in them.
+    """
+    size = math.prod(shape) * like.itemsize
+    if like.device.type != "cpu" or size < 2 * HUGE:
+        return like.new_empty(shape)
+    piece = np.empty((size // HUGE + 2) * HUGE, np.uint8)
+    first = -piece.ctypes.data % HUGE
+    numbers = piece[first : first + size].view(str(like.dtype).removeprefix("torch."))
+    return torch.from_numpy(numbers.reshape(tuple(shape)))
 
 
 def _width(solver: Solver, operator: Transition, mu: Tensor, rhs: Tensor) -> int:
@@ -423,42 +467,51 @@ def _solve_some(
     solver: Solver,
     state: Any,
     operator: Transition,
-    rhs: Tensor,
     mu: Tensor,
-    initial: Tensor,
-    atol: Tensor,
     budget: Budget,
     keep: bool,
+    rhs: Tensor,
+    initial: Tensor,
+    atol: Tensor,
+    room: Room,
 ) -> Certified:
-    """`solve_certified` for a few channels."""
+    """`solve_certified` for a few channels, all of whose numbers lie beside each other."""
+    dtype = operator.dtype
     # The last cast to the operator's dtype must still fit.
-    allowed = torch.clamp(atol - cast_error(initial, operator.dtype, norm_of(operator)), min=0.25 * atol)
+    allowed = atol
+    if dtype != initial.dtype:
+        allowed = torch.clamp(atol - cast_error(initial, dtype, norm_of(operator)), min=0.25 * atol)
     target = 0.95 * allowed
-    best = _Best(operator, mu, rhs, initial, allowed, keep)
+    best = _Best(operator, mu, rhs, initial, allowed, keep, room)
     walk = getattr(state, "operator", None)
     if holds(walk, operator):
-        best.precise[operator.dtype] = walk
+        best.precise[dtype] = walk
     correction, pending = rhs, best.bound > 0
     steps = torch.zeros(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
     for attempt in range(1 + MAX_REFINEMENTS if bool(pending.any()) else 0):
-        b, guess, goal = (t.to(operator.dtype) for t in (correction, initial, target))
-        # Where time is up already the first guess is the answer.
-        found = Iterate(guess, torch.zeros_like(steps), torch.zeros_like(steps))
-        if not budget.timed_out:
+        b, guess, goal = (t.to(dtype) for t in (correction, initial, target))
+        if budget.timed_out:
+            # The first guess is the answer.
+            found = Iterate(guess, *[torch.zeros_like(steps)] * 2)
+        else:
             budget.taken = steps.unsqueeze(-2)
             found = solver.solve(state, b, guess, goal, budget.left(steps))
         steps = steps + torch.where(pending.squeeze(-2), found.steps, 0)
         best.matvecs = best.matvecs + torch.where(pending.squeeze(-2), found.matvecs, 0)
-        candidate, before = best.x + found.x.to(rhs.dtype), best.bound
-        if attempt == 0 and operator.dtype != rhs.dtype:
+        candidate, before = best.moved(found.x), best.bound
+        if attempt == 0 and dtype != rhs.dtype:
             slack = best.slack(operator, best.initial_size)
-            best.judge(candidate, pending & (2 * slack <= allowed), operator.dtype)
+            enough = pending & (2 * slack <= allowed)
+            if bool(enough.any()):
+                best.judge(candidate, enough, dtype)
             pending = pending & ~(best.bound <= allowed)
         asked = pending
         while bool(asked.any()):
             previous = best.bound
             best.judge(candidate, asked, rhs.dtype)
             pending = pending & ~(best.bound <= allowed)
+            if not bool(pending.any()):
+                break
             # x + r has µP times the error of x: where little is missing, one more product is enough.
             asked = asked & pending & (best.bound <= NEAR * allowed) & (best.bound < 0.9 * previous)
             asked = asked & (not budget.timed_out)
@@ -490,15 +543,15 @@ class _Best:
         initial: Tensor,
         allowed: Tensor,
         keep: bool,
+        room: Room,
     ) -> None:
         self.operator, self.mu, self.rhs, self.norm = operator, mu, rhs, norm_of(operator)
         self.x, self.residual = rhs.new_zeros(()).expand_as(rhs), rhs
-        # Written over again and again: new memory costs several times what a sum over it does.
-        self.scratch = torch.empty_like(rhs)
+        self.room, self.scratch = room, room.scratch
         self.remaining = remaining_of(operator, mu)
         self.least = self.remaining.amin(-2, keepdim=True)
         self.rhs_size, self.initial_size = (size(t, self.norm, self.scratch) for t in (rhs, initial))
-        low, high = self._interval(rhs)
+        low, high = self._interval(rhs, self.rhs_size)
         extra = self._arithmetic(low, high)
         self.rounding = _interval_norm(-extra, extra, self.norm)
         low, high = low - extra, high + extra
@@ -512,10 +565,12 @@ class _Best:
         self.product: Tensor | None = None
         self.walked: Tensor | None = None
 
+    def moved(self, step: Tensor) -> Tensor:
+        """x and a step more."""
+        return torch.add(self.x, step, out=None if self.x is self.room.x else self.room.x)
+
     def judge(self, candidate: Tensor, asked: Tensor, precision: torch.dtype) -> None:
-        """Take the candidate where asked and better; one product computed in `precision`."""
-        if not bool(asked.any()):
-            return
+        """Take the candidate where some are asked and better; one product computed in `precision`."""
         self.matvecs = self.matvecs + asked.squeeze(-2)
         operator = self.precise.setdefault(precision, self.operator.to(precision))
         residual, low, high, extra = self._evidence(operator, candidate)
@@ -524,34 +579,39 @@ class _Best:
         # bound, because the error is e = r + MPe, and what lies between low and high is not e alone but Pe.
         # reach·(low − extra) − (1 − reach)·extra is reach·low − extra.
         reach, walked = self._reach(operator), torch.add(candidate, residual, out=self.scratch)
+        everyone = bool(asked.all())
         ends = []
-        for end, best, share, narrower in (
-            (low, self.lower, -extra, torch.maximum),
-            (high, self.upper, extra, torch.minimum),
+        for end, best, share, narrower, place in (
+            (low, self.lower, -extra, torch.maximum, self.room.lower),
+            (high, self.upper, extra, torch.minimum, self.room.upper),
         ):
+            # In its place, unless the best so far stands there.
+            found = None if best is place else place
             if reach.shape[-2] == 1:
-                found = walked + (reach * end + share)
+                found = torch.add(walked, reach * end + share, out=found)
             else:
-                found = torch.addcmul(walked, reach, end).add_(share)
-            if not bool(asked.all()):
+                found = torch.addcmul(walked, reach, end, out=found).add_(share)
+            if not everyone:
                 torch.where(asked, found, best, out=found)
-            ends.append(narrower(found, best, out=found))
+            ends.append(narrower(found, best, out=place))
         self.lower, self.upper = ends
         # 0 may have the smaller bound, but unless it is the first guess it is nobody's answer: where it is
         # not good enough the solver's first takes its place, if that is not so large that 0 must be nearer.
         # What is known of x* holds for both.
         better, first = asked & (bound < self.bound), asked & self.untouched
         self.untouched = self.untouched & ~asked
-        worse = first & ~better
-        if bool(worse.any()):
-            worse = worse & (size(candidate, self.norm, self.scratch) <= 2 * self.bound) & bound.isfinite()
-            if self.norm == "inf" and bool(worse.any()):
-                apart = torch.maximum(self.upper - candidate, candidate - self.lower).amax(-2, keepdim=True)
-                apart = apart * (1 + 4 * torch.finfo(apart.dtype).eps)
-                bound = torch.where(worse, torch.minimum(bound, apart), bound)
-            better = better | worse
         rounding = _interval_norm(-extra, extra, self.norm)
         if not bool(better.all()):
+            worse = first & ~better
+            if bool(worse.any()):
+                near = size(candidate, self.norm, self.scratch) <= 2 * self.bound
+                worse = worse & near & bound.isfinite()
+                if self.norm == "inf" and bool(worse.any()):
+                    apart = torch.maximum(self.upper - candidate, candidate - self.lower)
+                    apart = extreme(torch.amax, apart)
+                    apart = apart * (1 + 4 * torch.finfo(apart.dtype).eps)
+                    bound = torch.where(worse, torch.minimum(bound, apart), bound)
+                better = better | worse
             candidate = torch.where(better, candidate, self.x)
             torch.where(better, residual, self.residual, out=residual)
             bound = torch.where(better, bound, self.bound)
@@ -567,24 +627,31 @@ class _Best:
 
         The product and the residual are computed in the operator's dtype; bounds are [..., 1, K].
         """
-        dtype, rhs, mu = operator.dtype, self.rhs, self.mu
-        walked = operator.matmul(x.to(dtype))
+        dtype, rhs, y = operator.dtype, self.rhs, x.to(operator.dtype)
+        walked = operator.matmul(y)
         if self.keep:
             self.walked = walked
-        residual = torch.addcmul(rhs.to(dtype), mu.to(dtype), walked).sub_(x.to(dtype)).to(rhs.dtype)
+        free = dtype == rhs.dtype and self.residual is not self.room.residual
+        into = self.room.residual if free else None
+        residual = torch.addcmul(rhs.to(dtype), self.mu.to(dtype), walked, out=into).sub_(y).to(rhs.dtype)
         low, high = self._interval(residual)
         extra = self.slack(operator, size(x, self.norm, self.scratch))
         return residual, low, high, extra + self._arithmetic(low, high)
 
-    def _interval(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Bounds of the entries of x* − x, both [..., 1, K]; in the 1-norm, masses below and above 0."""
+    def _interval(self, residual: Tensor, magnitude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Bounds of the entries of x* − x, both [..., 1, K]; in the 1-norm, masses below and above 0.
+
+        `magnitude` is the residual's size where that is known.
+        """
         if self.norm == "inf":
             q = torch.div(residual, self.remaining, out=self.scratch)
-            return q.amin(-2, keepdim=True), q.amax(-2, keepdim=True)
+            return extreme(torch.amin, q), extreme(torch.amax, q)
         # From their sum and their difference, in fewer passes than one by one. No rounding makes the sum
         # larger than that of magnitudes, which is added up in the same order.
-        mass, magnitude = residual.sum(-2, keepdim=True), size(residual, "one", self.scratch)
-        return (mass - magnitude) / (2 * self.remaining), (mass + magnitude) / (2 * self.remaining)
+        mass, twice = residual.sum(-2, keepdim=True), 2 * self.remaining
+        if magnitude is None:
+            magnitude = size(residual, "one", self.scratch)
+        return (mass - magnitude) / twice, (mass + magnitude) / twice
 
     def slack(self, operator: Transition, x_size: Tensor) -> Tensor:
         """What rounding in the operator's dtype adds to the bound of an answer of that size, [..., 1, K]."""
