@@ -60,7 +60,7 @@ class _ImplicitSolve(torch.autograd.Function):
         ctx: Any, call: Call, rhs: Tensor, mu: Tensor, initial: Tensor, atol: Tensor, *tensors: Tensor
     ) -> tuple[Tensor | None, ...]:
         operator = call.operator
-        if any(t.requires_grad for t in operator.tensors()):
+        if any(t.requires_grad for t in tensors):
             operator = operator.with_tensors([t.detach() for t in tensors])
         state = call.state or call.solver.prepare(operator, mu.to(operator.dtype))
         given, keep = (call.solver, state, operator, rhs, mu), call.keep or any(ctx.needs_input_grad)

@@ -591,8 +591,13 @@ class SparseTransition(Transition):
 
     @cached_property
     def _transposed_matrix(self) -> Any:
-        """Its transpose, on the same arrays."""
-        return self._matrix.T
+        """Its transpose, on the same arrays, which scipy would check once more."""
+        from scipy import sparse
+
+        # Rows read as columns, of a matrix that is square.
+        transposed = copy.copy(self._matrix)
+        transposed.__class__ = sparse.csc_array
+        return transposed
 
     @cached_property
     def _values_by_column(self) -> Tensor:
@@ -889,6 +894,8 @@ def _compiled_walk(
 
     What a walk is checked for follows from how its numbers come about.
     """
+    from scipy import sparse
+
     on_cpu = torch.device(device or "cpu").type == "cpu"
     if not on_cpu or dtype not in (torch.float32, torch.float64) or not _in_rows(A):
         return None
@@ -910,6 +917,11 @@ def _compiled_walk(
     walk.__dict__.update(log_degree=log_degree, dangling=None, jump=None)
     walk.__dict__["_edge_sums"] = torch.from_numpy(sums).unsqueeze(-1)
     walk._pattern.symmetric = symmetric
+    if type(A) is sparse.csr_array:
+        # As in `to_scipy`: another object than A, of other arrays, which need no check.
+        matrix = copy.copy(A)
+        matrix.data, matrix.indices, matrix.indptr = values, indices, indptr
+        walk.__dict__["_matrix"] = matrix
     return walk
 
 

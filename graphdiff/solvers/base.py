@@ -456,7 +456,7 @@ def memory(shape: Sequence[int], like: Tensor) -> Tensor:
 def _width(solver: Solver, operator: Transition, mu: Tensor, rhs: Tensor) -> int:
     """Channels to solve at a time: a sparse product is fast where what it gathers is in the cache."""
     channels = rhs.shape[-1]
-    if not operator.sparse or rhs.device.type != "cpu" or mu.shape[-1] > 1:
+    if channels == 1 or not operator.sparse or rhs.device.type != "cpu" or mu.shape[-1] > 1:
         return channels
     numbers, fewest = rhs.numel() // channels, FEWEST[solver.working_dtype(operator.dtype)]
     threads = min(solver.at_once, max(1, SHARED // (numbers * fewest)))

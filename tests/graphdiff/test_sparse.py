@@ -304,6 +304,12 @@ def test_walks_have_the_same_bits_with_numba_and_without(A, dtype, reversible):
             assert found.dtype == expected.dtype
             assert torch.equal(found, expected), name
     assert P.rounding(P.dtype) == plain.rounding(P.dtype)
+    matrix, expected = P.to_scipy(), plain.to_scipy()
+    assert type(matrix) is type(expected)
+    assert matrix.dtype == expected.dtype
+    assert (matrix.todense() == expected.todense()).all()
+    assert (P._transposed_matrix.todense() == expected.todense().T).all()
+    assert not any(np.shares_memory(getattr(matrix, x), getattr(A, x)) for x in ("data", "indices", "indptr"))
     if reversible is None:
         W = torch.from_numpy(A.astype("f8").toarray())
         stuck = W.sum(1) == 0
