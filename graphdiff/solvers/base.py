@@ -500,7 +500,7 @@ def _solve_some(
         best.matvecs = best.matvecs + torch.where(pending.squeeze(-2), found.matvecs, 0)
         candidate, before = best.moved(found.x), best.bound
         if attempt == 0 and dtype != rhs.dtype:
-            slack = best.slack(operator, best.initial_size)
+            slack = best.slack(operator, best.initial_size())
             enough = pending & (2 * slack <= allowed)
             if bool(enough.any()):
                 best.judge(candidate, enough, dtype)
@@ -550,20 +550,24 @@ class _Best:
         self.room, self.scratch = room, room.scratch
         self.remaining = remaining_of(operator, mu)
         self.least = self.remaining.amin(-2, keepdim=True)
-        self.rhs_size, self.initial_size = (size(t, self.norm, self.scratch) for t in (rhs, initial))
+        self.initial, self.rhs_size = initial, size(rhs, self.norm, self.scratch)
         low, high = self._interval(rhs, self.rhs_size)
         extra = self._arithmetic(low, high)
         self.rounding = _interval_norm(-extra, extra, self.norm)
         low, high = low - extra, high + extra
         self.lower, self.upper = low.expand_as(rhs), high.expand_as(rhs)
         self.bound = _interval_norm(low, high, self.norm)
-        self.untouched = (self.bound > allowed) & (self.initial_size > 0)
+        self.untouched = self.bound > allowed
         self.matvecs = torch.zeros(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
         self.precise = {operator.dtype: operator}
         # P x, or None while x = 0; and that of the last candidate.
         self.keep = keep
         self.product: Tensor | None = None
         self.walked: Tensor | None = None
+
+    def initial_size(self) -> Tensor:
+        """That of the first guess, [..., 1, K]."""
+        return size(self.initial, self.norm, self.scratch)
 
     def moved(self, step: Tensor) -> Tensor:
         """x and a step more."""
@@ -598,11 +602,11 @@ class _Best:
         # 0 may have the smaller bound, but unless it is the first guess it is nobody's answer: where it is
         # not good enough the solver's first takes its place, if that is not so large that 0 must be nearer.
         # What is known of x* holds for both.
-        better, first = asked & (bound < self.bound), asked & self.untouched
-        self.untouched = self.untouched & ~asked
+        better, untouched = asked & (bound < self.bound), self.untouched
+        self.untouched = untouched & ~asked
         rounding = _interval_norm(-extra, extra, self.norm)
         if not bool(better.all()):
-            worse = first & ~better
+            worse = asked & untouched & ~better & (self.initial_size() > 0)
             if bool(worse.any()):
                 near = size(candidate, self.norm, self.scratch) <= 2 * self.bound
                 worse = worse & near & bound.isfinite()
