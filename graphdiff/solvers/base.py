@@ -635,9 +635,11 @@ class _Best:
         walked = operator.matmul(y)
         if self.keep:
             self.walked = walked
-        free = dtype == rhs.dtype and self.residual is not self.room.residual
-        into = self.room.residual if free else None
-        residual = torch.addcmul(rhs.to(dtype), self.mu.to(dtype), walked, out=into).sub_(y).to(rhs.dtype)
+        into, same = self.room.residual, dtype == rhs.dtype
+        if self.residual is into:
+            into = torch.empty_like(into)
+        narrow = torch.addcmul(rhs.to(dtype), self.mu.to(dtype), walked, out=into if same else None).sub_(y)
+        residual = narrow if same else into.copy_(narrow)
         low, high = self._interval(residual)
         extra = self.slack(operator, size(x, self.norm, self.scratch))
         return residual, low, high, extra + self._arithmetic(low, high)
