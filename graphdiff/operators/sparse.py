@@ -591,13 +591,8 @@ class SparseTransition(Transition):
 
     @cached_property
     def _transposed_matrix(self) -> Any:
-        """Its transpose, on the same arrays, which scipy would check once more."""
-        from scipy import sparse
-
-        # Rows read as columns, of a matrix that is square.
-        transposed = copy.copy(self._matrix)
-        transposed.__class__ = sparse.csc_array
-        return transposed
+        """Its transpose, on the same arrays."""
+        return self._matrix.T
 
     @cached_property
     def _values_by_column(self) -> Tensor:

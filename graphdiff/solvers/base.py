@@ -444,12 +444,12 @@ def memory(shape: Sequence[int], like: Tensor) -> Tensor:
     Large pieces from numpy, which gets them from Linux in huge pages, and from where one of these begins: to
     touch small pages for the first time takes longer than several sums over what is in them.
     """
-    size = math.prod(shape) * like.itemsize
-    if like.device.type != "cpu" or size < 2 * HUGE:
+    length = math.prod(shape) * like.itemsize
+    if like.device.type != "cpu" or length < 2 * HUGE:
         return like.new_empty(shape)
-    piece = np.empty((size // HUGE + 2) * HUGE, np.uint8)
+    piece = np.empty((length // HUGE + 2) * HUGE, np.uint8)
     first = -piece.ctypes.data % HUGE
-    numbers = piece[first : first + size].view(str(like.dtype).removeprefix("torch."))
+    numbers = piece[first : first + length].view(str(like.dtype).removeprefix("torch."))
     return torch.from_numpy(numbers.reshape(tuple(shape)))
 
 
