@@ -51,8 +51,7 @@ class Direct(Solver):
         A = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device) - mu.mT.unsqueeze(-1) * P
         # Of Aᵀ: in its columns the diagonal outweighs the rest, so no row is exchanged, and entries of x that
         # are small beside others keep their digits.
-        lu, pivots = torch.linalg.lu_factor(A.mT)
-        return Factors(lu, pivots, operator, mu)
+        return Factors(*_dense_factors(A.mT), operator, mu)
 
     def transposed(self, state: Factors) -> Factors:
         """The same factors, used from the other side."""
@@ -66,6 +65,22 @@ class Direct(Solver):
         # (I − MPᵀ)⁻¹ b = b + M (I − PᵀM)⁻¹ Pᵀ b, and I − PᵀM is the transpose of A.
         x = rhs + state.mu * _substitute(state, state.operator.rmatmul(rhs))
         return Iterate(x, steps, steps)
+
+
+def _dense_factors(A: Tensor) -> tuple[Tensor, Tensor]:
+    """LU and pivots of each matrix [..., N, N].
+
+    On the CPU one after the other: of several at once torch's are wrong after any `torch.set_num_threads` to
+    more than one (its issue 142815), as are its solutions and inverses.
+    """
+    if A.device.type != "cpu" or A.shape[:-2].numel() == 1:
+        lu, pivots = torch.linalg.lu_factor(A)
+        return lu, pivots
+    # Column by column, as LAPACK has them.
+    lu, pivots = A.new_empty(A.shape).mT, torch.empty(A.shape[:-1], dtype=torch.int32)
+    for each, factors, order in zip(A.flatten(0, -3), lu.flatten(0, -3), pivots.flatten(0, -2), strict=True):
+        factors[:], order[:] = torch.linalg.lu_factor(each)
+    return lu, pivots
 
 
 def _substitute(state: Factors, rhs: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -442,6 +445,25 @@ def test_the_same_input_gives_the_same_bits(solver):
         alone = gd.solve(P, s[:, k], 0.95, solver=solver)
         assert torch.equal(alone.value, together.value[:, k])
         assert torch.equal(alone.steps, together.steps[k])
+
+
+def test_direct_is_right_whatever_was_said_of_threads():
+    """torch's own factors of several matrices are not, once it was told of two (its issue 142815)."""
+    script = """
+        import torch, graphdiff as gd
+        torch.set_num_threads(2)
+        g = torch.Generator().manual_seed(0)
+        psi = torch.randn(2, 200, 4, generator=g, dtype=torch.float64)
+        P, s = gd.AttentionTransition(psi), torch.randn(2, 200, 2, generator=g, dtype=torch.float64)
+        mu = torch.tensor([[0.2, 0.9]], dtype=torch.float64)
+        for walk in (P, P.T):
+            sol = gd.solve(walk, s, mu, solver=gd.solvers.Direct())
+            assert sol.converged.all() and (sol.steps == 1).all()
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(script)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
