@@ -23,18 +23,45 @@ from graphdiff.solvers.base import (
     norm_of,
     steps_to,
 )
-from graphdiff.solvers.ssor import BURST, Line, Progressed, Triangles, each_mu, fits, sweep_all
+from graphdiff.solvers.ssor import (
+    BURST,
+    NEAR,
+    Line,
+    Progressed,
+    Watched,
+    advanced,
+    each_mu,
+    fits,
+    sweep_all,
+)
 from graphdiff.solvers.walk import Walk
+
+# From s on, float32 adds 1e-6 to 2e-5 of the largest bound so far, and what it adds disturbs the directions:
+# where residuals are computed anew more seldom than every OFTEN steps, more steps are needed; computing them
+# more often takes longer than the steps that it saves.
+OFTEN = 4
+
+
+class Triangles(NamedTuple):
+    """What is made of a walk for one µ [N]: what `split` of the compiled sweeps returns."""
+
+    mu: Any
+    place: Any
+    lower: Any
+    upper: Any
+    scales: Any
+    bound: float
 
 
 class Swept(NamedTuple):
-    """The operator, µ, a shadow [N], triangles: one for each µ, and memory to sweep in.
+    """The operator, µ, rows of the operator, a shadow [N], triangles: one for each µ, and memory to sweep in.
 
-    Triangles are in the order of µ's leading dimensions and channels.
+    Rows are CSR's three arrays. Triangles are in the order of µ's leading dimensions and channels.
     """
 
     operator: Transition
     mu: Tensor
+    rows: tuple[Any, Any, Any]
     shadow: Any
     triangles: list[Triangles]
     memory: dict[int, dict[Any, Any]]
@@ -50,6 +77,9 @@ class DirectedSSOR(Solver):
     theory bounds their number, as for `BiCGSTAB`; where it breaks down or has used the products that walking
     would have needed, walking goes on.
 
+    Whatever the dtype, the answer is added up and its residual computed in float64, now and then, and what
+    lies between is swept in float32; in float64 too where 1 − µ < 4e-3.
+
     The first solve after an installation compiles for some seconds and keeps the code beside the package, or
     in the user's cache where that cannot be written.
 
@@ -63,14 +93,18 @@ class DirectedSSOR(Solver):
         >>> P = gd.SparseTransition.from_edge_index(edges, dtype=torch.float64)
         >>> s = torch.eye(1000, dtype=torch.float64)[0]
         >>> both = gd.solvers.DirectedSSOR(), gd.solvers.BiCGSTAB()
-        >>> [int(gd.pagerank(P, s, 0.99, tol=1e-6, solver=x).matvecs) for x in both]  # doctest: +SKIP
-        [17, 24]
+        >>> [int(gd.pagerank(P, s, 0.9, tol=1e-6, solver=x).matvecs) for x in both]  # doctest: +SKIP
+        [16, 20]
     """
 
     @property
     def at_once(self) -> int:
         """As many as torch has threads."""
         return torch.get_num_threads()
+
+    def working_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Float32, as a rule."""
+        return torch.float32
 
     @staticmethod
     def suits(operator: Transition) -> bool:
@@ -90,14 +124,15 @@ class DirectedSSOR(Solver):
         P, nodes, summed = operator.to_scipy(), operator.shape[-1], norm_of(operator) == "one"
         # That of the transpose has rows of other lengths.
         order, looped = sweeps.ordered(P.indptr, P.indices) if summed else operator.sweep_order()
-        triangles = [
-            Triangles(order, *sweeps.split(P.indptr, P.indices, P.data, order, looped, summed, *numbers))
-            for numbers in each_mu(operator, mu)
-        ]
+        rows, triangles = (P.indptr, P.indices, P.data), []
+        for m, remaining in each_mu(operator, mu):
+            dtype = np.float32 if 1 - m.max() >= NEAR else np.float64
+            found = sweeps.split(*rows, order, looped, summed, m, remaining, dtype)
+            triangles.append(Triangles(m, *found))
         # One for all signals, which none is orthogonal to but by accident. Where the start is a single node,
         # its residual in this place takes up to 1.7 times as many steps.
         shadow = np.random.default_rng(0).uniform(-1.0, 1.0, nodes)
-        return Swept(operator, mu, shadow, triangles, {})
+        return Swept(operator, mu, rows, shadow, triangles, {})
 
     def solve(self, state: Swept, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Iterate until the bound of each right-hand side is below its target."""
@@ -110,55 +145,59 @@ class DirectedSSOR(Solver):
         done = Progressed(target, torch.ones_like(target).expand(*batch, 1, channels), limits)
 
         def sweep(line: Line, memory: dict[Any, Any], b: Any, guess: Any, found: Any) -> None:
-            _Block(state, line, b.dtype, memory).solve(b, guess, found, done)
+            _Block(state, line, memory).solve(b, guess, found, done)
 
-        steps, unfinished = sweep_all(sweep, mu, (rhs, start, y), state.memory, done)
+        sizes = [found.lower[2].itemsize for found in state.triangles]
+        steps, unfinished = sweep_all(sweep, mu, sizes, (rhs, start, y), state.memory, done)
         if bool(pinned.any()):
             # Where µ_i = 0 the answer is b_i, to the last bit.
             y = torch.where(pinned, rhs, y)
-        # The residual of the start, and a triangle at either end.
-        reached = Iterate(y, steps, 2 * steps + 2)
+        # A product and a triangle for the residual of the start and of each renewal.
+        renewals = torch.from_numpy(done.renewals).reshape(steps.shape)
+        reached = Iterate(y, steps, 2 * steps + (3 * renewals + 4) // 2)
         return carry_on(Walk(), Problem(operator, mu), rhs, reached, unfinished, target, limits)
 
 
 class _Block:
     """The memory for a line of signals, and what is swept in it."""
 
-    def __init__(self, state: Swept, line: Line, dtype: Any, memory: dict[Any, Any]) -> None:
-        operator, mu, self.shadow, triangles, _ = state
+    def __init__(self, state: Swept, line: Line, memory: dict[Any, Any]) -> None:
+        operator, mu, self.rows, self.shadow, triangles, _ = state
         number, self.width, self.place = line.number, line.width, (line.place, line.part)
         self.triangles = found = triangles[number]
-        nodes = len(found.order)
+        nodes, dtype = len(found.place), found.lower[2].dtype
         self.most = max(1, BURST // (2 * self.width * (len(found.lower[1]) + len(found.upper[1]) + nodes)))
         self.summed = norm_of(operator) == "one"
         self.rate = mu.amax(-2).reshape(-1)[number].double()
+        self.often = OFTEN if dtype == np.float32 else None
         kind = self.width, dtype
         if kind not in memory:
-            # torch's memory begins where a cache line does.
-            of = getattr(torch, dtype.name)
-            vectors = [torch.empty(nodes, self.width, dtype=of).numpy() for _ in range(7)]
-            memory[kind] = vectors, np.ones(nodes)
-        self.vectors, self.ones = memory[kind]
+            parts = _sweeps().block((nodes * self.width, np.float64), *[(nodes * self.width, dtype)] * 7)
+            memory[kind] = [part.reshape(nodes, self.width) for part in parts]
+        self.vectors = memory[kind]
 
     def solve(self, given: Any, start: Any, found: Any, done: Progressed) -> None:
         """Put what solves for `given` in the place of `found`; all are [N, ≤ width]."""
         sweeps, triangles, place = _sweeps(), self.triangles, self.place
-        entered, left = sweeps.entered, sweeps.left
         lanes, width, wanted = (0,) * self.width, given.shape[1], found
         if width < self.width:
             given, start = (np.pad(v, ((0, 0), (0, self.width - width))) for v in (given, start))
             found = np.empty(given.shape, given.dtype)
-        x, best, r, p, v, t, w = self.vectors
-        for vector in (p, v, t, w):
+        y, x, best, r, p, v, t, w = self.vectors
+        for vector in (x, p, v):
             # What is left of other signals may be no number.
             vector.fill(0)
-        turn, across, along = (np.zeros((1, self.width), x.dtype) for _ in range(3))
+        turn, across, along, mask = (np.zeros((1, self.width), x.dtype) for _ in range(4))
         better = np.ones_like(turn)
-        unit, sums = np.ones(self.width), np.zeros((2, self.width))
+        size, sums = np.ones(self.width), np.zeros((2, self.width))
+        started = sweeps.sized(given, start, size, lanes)
+        unit = (1 / size).reshape(1, -1)
+        sweeps.begun(start, unit, y, lanes)
         inverse, weights = triangles.scales
-        entered(triangles[:3], (inverse, self.ones), given, start, x, r, unit, lanes)
-        sweeps.moved(x, r, t, w, along, self.shadow, weights, self.summed, sums, lanes)
-        factor = unit * triangles.bound
+        system = self.rows, triangles.mu, triangles.place, inverse, triangles.lower, given, unit, y
+        summing = self.shadow, weights, self.summed
+        sweeps.residual(*system, started, r, *summing, sums, lanes)
+        factor = size * triangles.bound
         product, bound = sums[0].copy(), sums[1] * factor
         target = np.full(self.width, np.inf)
         target[:width] = done.target[place]
@@ -167,26 +206,35 @@ class _Block:
         if done.limit is not None:
             limit[:width] = np.minimum(limit[:width], done.limit[place])
         steps = np.zeros(self.width, np.int64)
-        active, least = (bound > target) & (limit > 0), bound.copy()
-        numbers = (active, steps, product, bound, least, target, limit)
+        active, least, peak = (bound > target) & (limit > 0), bound.copy(), bound.copy()
+        numbers = (active, steps, product, bound, least, peak, target, limit)
         vectors = (x, best, r, p, v, t, w, turn, across, along, better, sums)
-        most, on = 1 if done.asked else self.most, True
-        while on:
-            done.active[place], done.steps[place] = active[:width], steps[:width]
-            done.bound[place] = bound[:width]
-            on = (not done.asked or not steps.any() or done.going_on()) and bool(active.any())
-            on = on and not done.limits.budget.timed_out
-            if on:
-                sweeps.iterated(
-                    *(triangles.lower, triangles.upper, self.shadow, weights, self.summed),
-                    *(factor, vectors, numbers, most, lanes),
-                )
+
+        def advance(most: int) -> None:
+            sweeps.iterated(
+                *(triangles.lower, triangles.upper, self.shadow, weights, self.summed),
+                *(factor, vectors, numbers, most, lanes),
+            )
+
+        def renew(anew: Any) -> tuple[Any, Any]:
+            mask[0] = anew
+            sweeps.gathered(triangles.place, mask, x, best, y, lanes)
+            sweeps.residual(*system, True, w, *summing, sums, lanes)
+            sweeps.taken(mask, w, r, lanes)
+            found = sums[1] * factor
+            # Of the best, if that is another x, no more is known than before.
+            here = anew & ((bound <= least) | (found < least))
+            least[here], better[0, here] = found[here], 1
+            return sums[0], found
+
+        watched = Watched(active, steps, product, bound, peak, target, limit, turn)
+        advanced(watched, done, place, self.most, self.often, advance, renew)
         # Bounds do not fall steadily.
         earlier = ~(bound <= least)
         if earlier.any():
             x[:, earlier] = best[:, earlier]
         done.bound[place] = least[:width]
-        left(triangles.order, self.ones, x, unit.astype(x.dtype).reshape(1, -1), found, False, lanes)
+        sweeps.left(triangles.place, y, x, size.reshape(1, -1), found, lanes)
         if found is not wanted:
             wanted[:] = found[:, :width]
 

@@ -11,63 +11,76 @@ This file is read where numba is installed, and compiled when it is first used.
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import uint64
-from numba.extending import intrinsic
 
 from graphdiff.operators.compiled import compiled
 from graphdiff.operators.rows import block, ordered
 from graphdiff.solvers.sweeps import (
     SOON,
     ahead,
-    entered,
+    four_rows,
     larger,
-    left,
     load,
     magnitude,
+    narrow,
+    remainder,
+    sized,
     store,
+    taken,
+    where,
     wide,
     zeros,
 )
 
-__all__ = ["entered", "iterated", "left", "moved", "ordered", "split"]
-
-
-@intrinsic
-def where(typing: Any, mask: Any, a: Any, b: Any) -> Any:
-    """a in lanes where the mask is not 0, b in the others."""
-
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        nothing = ir.Constant(args[0].type, [0.0] * a.count)
-        return builder.select(builder.fcmp_unordered("!=", args[0], nothing), args[1], args[2])
-
-    return a(a, a, a), code
+__all__ = [
+    "begun",
+    "block",
+    "gathered",
+    "iterated",
+    "left",
+    "moved",
+    "ordered",
+    "residual",
+    "sized",
+    "split",
+    "taken",
+]
 
 
 # --- the triangles
 
 
 def split(
-    starts: Any, nodes: Any, values: Any, order: Any, looped: bool, summed: bool, mu: Any, remaining: Any
+    starts: Any,
+    nodes: Any,
+    values: Any,
+    order: Any,
+    looped: bool,
+    summed: bool,
+    mu: Any,
+    remaining: Any,
+    dtype: Any,
 ) -> Any:
-    """L and U by rows; 1/δ and weights, [N] each in the order; and a bound.
+    """The places of the nodes; L and U by rows, in a dtype; 1/δ and weights, [N] each; and a bound.
 
-    P is given by its rows, µ and `remaining` node by node; `looped` says whether any P_ii may not be 0. With
+    P is given by its rows, µ and `remaining` node by node; all but the places, [N] uint32, is in the order.
+    `looped` says whether any P_ii may not be 0. With
     ρ = (I − L)⁻¹δ⁻¹ times the true residual, a row of this one divided by its `remaining` is at most the
     bound times max |ρ|; if `summed`, its 1-norm divided by the smallest `remaining` is at most the bound
     times Σ |ρ| times the weights.
     """
     count, edges = len(order), len(nodes)
     # Where a triangle has less than all edges, the rest of its memory is never touched.
-    ends, scales, into, of = block(
-        (2 * count + 2, np.uint32), (2 * count, np.float64), (2 * edges, np.uint32), (2 * edges, values.dtype)
+    numbers, scales = (2 * edges, np.uint32), (2 * count, np.float64)
+    ends, place, scales, into, of = block(
+        (2 * count + 2, np.uint32), (count, np.uint32), scales, numbers, (2 * edges, dtype)
     )
     ends, scales = ends.reshape(2, -1), scales.reshape(2, count)
     first, second, bound = _split(
-        starts, nodes, values, order, looped, summed, mu, remaining, ends, scales, into, of
+        starts, nodes, values, order, looped, summed, mu, remaining, ends, place, scales, into, of
     )
     lower = ends[0], into[:first], of[:first]
-    return lower, (ends[1], into[edges:second], of[edges:second]), scales, bound
+    return place, lower, (ends[1], into[edges:second], of[edges:second]), scales, bound
 
 
 @compiled(error_model="numpy")
@@ -81,13 +94,13 @@ def _split(
     mu: Any,
     remaining: Any,
     ends: Any,
+    place: Any,
     scales: Any,
     into: Any,
     of: Any,
 ) -> Any:
     """Where the edges of L and of U end in `into` and `of`, and the bound."""
     count, one = uint64(len(order)), uint64(1)
-    place = np.empty(count, np.uint32)
     for a in range(count):
         place[uint64(order[a])] = a
     first, second = uint64(0), uint64(len(nodes))
@@ -128,6 +141,71 @@ def _split(
 
 
 # --- a block of signals
+
+
+@compiled
+def begun(start: Any, unit: Any, y: Any, lanes: Any) -> None:
+    """The start [N, W] as y, in units of 1/`unit` [1, W]."""
+    scale = load(unit, uint64(0), lanes)
+    for i in range(uint64(len(y))):
+        store(y, i, wide(load(start, i, lanes)) * scale)
+
+
+@compiled
+def gathered(place: Any, mask: Any, x: Any, best: Any, y: Any, lanes: Any) -> None:
+    """y ← y + x, best ← best − x and x ← 0 where the mask is not 0."""
+    chosen, nothing = load(mask, uint64(0), lanes), narrow(zeros(lanes), x)
+    for i in range(uint64(len(place))):
+        a = uint64(place[i])
+        here = load(x, a, lanes)
+        step = where(chosen, here, nothing)
+        store(y, i, load(y, i, lanes) + wide(step))
+        store(best, a, load(best, a, lanes) - step)
+        store(x, a, where(chosen, nothing, here))
+
+
+@compiled
+def residual(
+    rows: Any,
+    mu: Any,
+    place: Any,
+    inverse: Any,
+    lower: Any,
+    given: Any,
+    unit: Any,
+    y: Any,
+    started: bool,
+    r: Any,
+    shadow: Any,
+    weights: Any,
+    summed: bool,
+    sums: Any,
+    lanes: Any,
+) -> None:
+    """r = (I − L)⁻¹δ⁻¹ of the residual of y, in float64 from the walk itself; `sums` as of `moved`.
+
+    y [N, W], which is 0 if not `started`, is in float64, in units of 1/`unit` [1, W]; µ and the places in the
+    order are those of the nodes, and `inverse` is 1/δ in the order.
+    """
+    scale, (starts, numbers, values) = load(unit, uint64(0), lanes), lower
+    # The walk's rows as they lie in memory; in the order they would lie anywhere.
+    for i in range(uint64(len(place))):
+        a = uint64(place[i])
+        v = remainder(rows, mu[i], given, scale, y, started, 1.0, i, lanes)
+        store(r, a, narrow(v * inverse[a], r))
+    a0 = zeros(lanes)
+    a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
+    for a in range(uint64(len(weights))):
+        q = load(r, a, lanes)
+        for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
+            q = q + load(r, uint64(numbers[e]), lanes) * values[e]
+        store(r, a, q)
+        v = wide(q)
+        a0, a1, a2, a3 = a1, a2, a3, a0 + v * shadow[a]
+        v = magnitude(v) * weights[a]
+        b0, b1, b2, b3 = b1, b2, b3, b0 + v if summed else larger(b0, v)
+    store(sums, uint64(0), (a0 + a1) + (a2 + a3))
+    store(sums, uint64(1), (b0 + b1) + (b2 + b3) if summed else larger(larger(b0, b1), larger(b2, b3)))
 
 
 @compiled
@@ -214,6 +292,34 @@ def _lessened(lower: Any, r: Any, t: Any, w: Any, sums: Any, lanes: Any) -> None
 
 
 @compiled
+def _moved_by_fours(
+    x: Any,
+    r: Any,
+    t: Any,
+    w: Any,
+    omega: Any,
+    shadow: Any,
+    weights: Any,
+    summed: bool,
+    parts: Any,
+    four: Any,
+) -> None:
+    """What `moved` does, for all nodes but the last three at most; its eight sums so far into `parts`."""
+    a = b = zeros(four)
+    for i in range(uint64(len(weights)) // uint64(4)):
+        direction = load(t, i, four)
+        store(x, i, load(x, i, four) + direction * omega)
+        q = load(r, i, four) - (direction + load(w, i, four)) * omega
+        store(r, i, q)
+        y = wide(q)
+        a = a + y * load(shadow, i, four)
+        y = magnitude(y) * load(weights, i, four)
+        b = b + y if summed else larger(b, y)
+    store(parts, uint64(0), a)
+    store(parts, uint64(1), b)
+
+
+@compiled
 def moved(
     x: Any,
     r: Any,
@@ -227,9 +333,16 @@ def moved(
     lanes: Any,
 ) -> None:
     """x ← x + along·t, r ← r − along·(t + w); ⟨shadow, r⟩, and Σ or max of |r| with weights, into `sums`."""
-    omega, a0 = load(along, uint64(0), lanes), zeros(lanes)
+    omega, a0, first = load(along, uint64(0), lanes), zeros(lanes), uint64(0)
     a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
-    for i in range(uint64(len(weights))):
+    if len(lanes) == 1:
+        # Of one signal four nodes stand beside each other.
+        parts = np.empty((8, 1), np.float64)
+        _moved_by_fours(x, r, t, w, along[0, 0], shadow, weights, summed, parts, (0, 0, 0, 0))
+        first = uint64(len(weights)) // uint64(4) * uint64(4)
+        a0, a1, a2, a3 = four_rows(parts, uint64(0), lanes)
+        b0, b1, b2, b3 = four_rows(parts, uint64(4), lanes)
+    for i in range(first, uint64(len(weights))):
         direction = load(t, i, lanes)
         store(x, i, load(x, i, lanes) + direction * omega)
         q = load(r, i, lanes) - (direction + load(w, i, lanes)) * omega
@@ -257,7 +370,7 @@ def iterated(
 ) -> None:
     """Stabilised biconjugate gradients, at most so many steps; what changes is in `vectors` and `state`."""
     x, best, r, p, v, t, w, turn, across, along, better, sums = vectors
-    active, steps, product, bound, least, target, limit = state
+    active, steps, product, bound, least, peak, target, limit = state
     for _ in range(most):
         if not active.any():
             return
@@ -283,6 +396,7 @@ def iterated(
             bound[k] = sums[1, k] * factor[k]
             # One entry that is no number makes this product none.
             active[k] = np.isfinite(sums[0, k]) and np.isfinite(bound[k])
+            peak[k] = max(peak[k], bound[k])
             if active[k] and bound[k] < least[k]:
                 least[k], better[0, k] = bound[k], 1
             turn[0, k] = sums[0, k] / product[k] * (across[0, k] / along[0, k])
@@ -291,3 +405,12 @@ def iterated(
             active[k] = goes_on and bound[k] > target[k] and steps[k] < limit[k]
             if not active[k]:
                 turn[0, k] = 0
+
+
+@compiled
+def left(place: Any, y: Any, x: Any, size: Any, found: Any, lanes: Any) -> None:
+    """y + x in the units of the right-hand sides into `found` [N, W]."""
+    scale = load(size, uint64(0), lanes)
+    for i in range(uint64(len(place))):
+        here = load(y, i, lanes) + wide(load(x, uint64(place[i]), lanes))
+        store(found, i, narrow(here * scale, found))

@@ -32,8 +32,18 @@ from graphdiff.solvers.chebyshev import Chebyshev
 
 # log d − max log d that still counts.
 LEAST = -600.0
+# Sweeps are in float32 where 1 − µ is at least NEAR, below which they take up to half as many steps again,
+# and no degree is less than EVEN of the largest.
+NEAR, EVEN = 4e-3, 1e-14
+# What float32 adds to a bound was at most 3e-6 of that at the start, on graphs of all kinds and whatever µ.
+# So the residual is computed anew in float64 every few steps, if its bound has fallen to LESS of what it was
+# the last time, and if that was FAR above the target. Few are at most MOST, and such that theory has the
+# bound fall to FALLEN in 4/3 as many.
+LESS, FAR, MOST, FALLEN = 0.1, 3e4, 12, 6e-4
 # Bytes of a cache line: as many signals are swept at a time as fit into one.
 LINE = 64
+# The fewest that are swept at a time, but for one alone.
+FEW = 4
 # Nodes beyond which a few signals are swept one after the other, for the memory of a whole line.
 MANY = 2**20
 # Edges times signals that are swept between two looks for an interruption.
@@ -41,25 +51,29 @@ BURST = 10**8
 
 
 class Triangles(NamedTuple):
-    """What is made of a walk for one µ: the nodes' order, and what `split` of the compiled sweeps returns."""
+    """What is made of a walk for one µ [N]: what `split` of the compiled sweeps returns."""
 
-    order: Any
+    mu: Any
     lower: Any
     upper: Any
-    scales: Any
+    node: Any
+    weights: Any
     bound: float
 
 
 class Swept(NamedTuple):
-    """The operator, µ, log d − max log d [N, 1], triangles: one for each µ, and memory to sweep in.
+    """The operator, µ, log d − max log d [N, 1], d and rows, triangles, and memory to sweep in.
 
-    Triangles are in the order of µ's leading dimensions and channels. New memory for every few signals would
-    cost as much as sweeping them several times.
+    Rows, CSR's three arrays, are those of the walk that is stochastic by rows. Triangles are one for each µ,
+    in the order of its leading dimensions and channels. New memory for every few signals would cost as much
+    as sweeping them several times.
     """
 
     operator: Transition
     mu: Tensor
     log_weight: Tensor
+    degree: Any
+    rows: tuple[Any, Any, Any]
     triangles: list[Triangles]
     memory: dict[int, dict[Any, Any]]
 
@@ -72,6 +86,9 @@ class SSOR(Solver):
     the multiplications of one product, and about half as many steps are needed as by `CG`: at most those of a
     condition number of 1 + µ²/(1 − µ). Several signals are swept at a time, more of them by other threads,
     each stopping on its own, with the bits that it has alone. Where rounding stops it, `Chebyshev` goes on.
+
+    Whatever the dtype, the answer is added up and its residual computed in float64, now and then, and what
+    lies between is swept in float32; in float64 too where 1 − µ < 4e-3 or degrees are very uneven.
 
     The first solve after an installation compiles for some seconds and keeps the code beside the package, or
     in the user's cache where that cannot be written.
@@ -93,6 +110,10 @@ class SSOR(Solver):
     def at_once(self) -> int:
         """As many as torch has threads."""
         return torch.get_num_threads()
+
+    def working_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Float32, as a rule."""
+        return torch.float32
 
     @staticmethod
     def suits(operator: Transition) -> bool:
@@ -116,11 +137,13 @@ class SSOR(Solver):
         degree = log_weight.squeeze(-1).double().clamp(min=LEAST).exp().numpy()
         P = operator.to_scipy()
         order, looped = operator.sweep_order()
-        triangles = [
-            Triangles(order, *sweeps.split(P.indptr, P.indices, P.data, order, looped, degree, *numbers))
-            for numbers in each_mu(operator, mu)
-        ]
-        return Swept(operator, mu, log_weight, triangles, {})
+        rows, even = (P.indptr, P.indices, P.data), bool(degree.min() >= EVEN)
+        triangles = []
+        for m, remaining in each_mu(operator, mu):
+            dtype = np.float32 if even and 1 - m.max() >= NEAR else np.float64
+            found = sweeps.split(*rows, order, looped, degree, m, remaining, dtype)
+            triangles.append(Triangles(m, *found))
+        return Swept(operator, mu, log_weight, degree, rows, triangles, {})
 
     def transposed(self, state: Swept) -> Swept:
         """The same triangles: I − MPᵀ = M S D⁻¹ where I − MP = M D⁻¹ S."""
@@ -142,11 +165,13 @@ class SSOR(Solver):
         done = Progressed(target, unit.expand(*batch, 1, channels), limits)
 
         def sweep(line: Line, memory: dict[Any, Any], b: Any, guess: Any, found: Any) -> None:
-            _Block(state, line, b.dtype, memory).solve(b, guess, found, done, pinned)
+            _Block(state, line, memory).solve(b, guess, found, done, pinned)
 
-        steps, unfinished = sweep_all(sweep, mu, (given, start, y), state.memory, done)
-        # The residual of the start, and a triangle at either end.
-        reached = Iterate(y, steps, steps + 2)
+        sizes = [found.lower[2].itemsize for found in state.triangles]
+        steps, unfinished = sweep_all(sweep, mu, sizes, (given, start, y), state.memory, done)
+        # A product and a triangle for the residual of the start and of each renewal.
+        renewals = torch.from_numpy(done.renewals).reshape(steps.shape)
+        reached = Iterate(y, steps, steps + (3 * renewals + 4) // 2)
         return carry_on(Chebyshev(), Problem(operator, mu), rhs, reached, unfinished, target, limits)
 
 
@@ -166,7 +191,7 @@ class Progressed:
         self.unit = self._flat(unit.double())
         self.target = self._flat(target.double()) / self.unit
         self.limit = None if limits.steps is None else self._flat(limits.steps)
-        self.steps = np.zeros(self.unit.shape, np.int64)
+        self.steps, self.renewals = (np.zeros(self.unit.shape, np.int64) for _ in range(2))
         self.bound = np.full(self.unit.shape, np.inf)
         self.active = np.ones(self.unit.shape, bool)
         # Who is asked after every step cannot take many at once.
@@ -192,31 +217,41 @@ class Line(NamedTuple):
     number: int
 
 
-def lines_of(which: Tensor, mus: int, nodes: int, dtype: torch.dtype) -> list[Line]:
-    """The lines of all signals, given which µ each has, [batch, K], and how many there are for channels."""
-    channels, lanes, lines = which.shape[-1], LINE // dtype.itemsize, []
+def lines_of(which: Tensor, mus: int, nodes: int, sizes: list[int]) -> list[Line]:
+    """The lines of all signals, given which µ each has, [batch, K].
+
+    How many µ there are for channels, and the bytes of a number for each µ, say how wide they are.
+    """
+    channels, lines = which.shape[-1], []
     # Those of a line have one µ.
     apart = channels if mus == 1 else 1
-    width = lanes if apart >= lanes or (apart > 1 and nodes <= MANY) else 1
     for place, numbers in enumerate(which.tolist()):
-        for first in range(0, channels, apart):
-            for start in range(first, first + apart, width):
-                part = slice(start, min(start + width, first + apart))
+        for start in range(0, channels, apart):
+            stop, lanes = start + apart, LINE // sizes[numbers[start]]
+            while start < stop:
+                left = stop - start
+                width = next(w for w in (FEW, 2 * FEW, lanes) if w >= min(left, lanes))
+                if left == 1 or (left < width and nodes > MANY):
+                    width = 1
+                part = slice(start, min(start + width, stop))
                 lines.append(Line(place, part, width, numbers[start]))
+                start = part.stop
     return lines
 
 
 def sweep_all(
     sweep: Callable[[Line, dict[Any, Any], Any, Any, Any], None],
     mu: Tensor,
+    sizes: list[int],
     tensors: tuple[Tensor, Tensor, Tensor],
     memory: dict[int, dict[Any, Any]],
     done: Progressed,
 ) -> tuple[Tensor, Tensor]:
     """All lines, each by one of torch's number of threads, with memory of the thread's own.
 
-    `sweep` is given the line, its thread's memory, and the line's part of the tensors as arrays [N, width]:
-    right-hand sides, first guesses, and the place for what it finds, which is as large as there are answers.
+    `sizes` are the bytes of a number for each µ. `sweep` is given the line, its thread's memory, and the
+    line's part of the tensors as arrays [N, width]: right-hand sides, first guesses, and the place for what
+    it finds, which is as large as there are answers.
 
     Returns:
         The steps [..., K], and which right-hand sides [..., 1, K] are not done.
@@ -224,9 +259,10 @@ def sweep_all(
     *batch, nodes, channels = tensors[-1].shape
     mus = torch.arange(mu.numel() // mu.shape[-2]).reshape(*mu.shape[:-2], mu.shape[-1])
     which = mus.expand(*batch, channels).reshape(math.prod(batch), channels)
-    lines = lines_of(which, mu.shape[-1], nodes, tensors[-1].dtype)
-    arrays = [t.expand_as(tensors[-1]).reshape(-1, nodes, channels).numpy() for t in tensors[:-1]]
-    arrays.append(tensors[-1].view(-1, nodes, channels).numpy())
+    lines = lines_of(which, mu.shape[-1], nodes, sizes)
+    # Of an expanded tensor all columns are one, where the sweeps look for several beside each other.
+    wide = [t.expand_as(tensors[-1]).reshape(-1, nodes, channels).contiguous() for t in tensors[:-1]]
+    arrays = [t.numpy() for t in (*wide, tensors[-1].view(-1, nodes, channels))]
     # Who is asked after every step hears of one line after the other.
     threads = 1 if done.asked else min(torch.get_num_threads(), len(lines))
     waiting = iter(lines)
@@ -248,32 +284,94 @@ def sweep_all(
     return steps, torch.from_numpy(~(done.bound <= done.target)).reshape(*batch, 1, channels)
 
 
+class Watched(NamedTuple):
+    """How far the signals of a line are, each [W], and how much of their last directions they keep, [1, W].
+
+    A product is what a signal's next direction is weighted by. What float32 has added to a bound is in
+    proportion to the known one: that of the last residual in float64, or the largest since.
+    """
+
+    active: Any
+    steps: Any
+    product: Any
+    bound: Any
+    known: Any
+    target: Any
+    limit: Any
+    turn: Any
+
+
+def advanced(
+    watched: Watched,
+    done: Progressed,
+    place: tuple[int, slice],
+    most: int,
+    often: int | None,
+    advance: Callable[[int], None],
+    renew: Callable[[Any], tuple[Any, Any]],
+) -> None:
+    """Advance a line of signals, at most so many steps at a time, until each is at its target or stops.
+
+    Their place is that in what is `done`. Where steps are in float32, residuals are due every so many steps:
+    `renew` computes those of a mask of signals anew, and says what the products and bounds are then. Who
+    is in it depends on each signal alone and on the count of steps.
+    """
+    active, steps, product, bound, known, target, limit, turn = watched
+    width, renewals = place[1].stop - place[1].start, np.zeros_like(steps)
+    most = 1 if done.asked else most
+    # Steps since the start, but for those that nobody took before the residual's turn.
+    passed, on = 0, True
+    while on:
+        # Who came to the target from too far away is only believed to be there.
+        doubted = ~active & (bound <= target) & (known > FAR * target) & (often is not None)
+        going = active | doubted
+        done.active[place], done.steps[place] = going[:width], steps[:width]
+        done.bound[place], done.renewals[place] = bound[:width], renewals[:width]
+        on = (not done.asked or not steps.any() or done.going_on()) and bool(going.any())
+        on = on and not done.limits.budget.timed_out
+        if often and not active.any():
+            passed = -(-passed // often) * often
+        anew = doubted | active & (bound < LESS * known) & (known > FAR * target)
+        if on and often and passed % often == 0 and anew.any():
+            found, size = renew(anew)
+            with np.errstate(all="ignore"):
+                ratio = found / product
+            # Where float32 had gone far astray the direction is worth nothing; who stopped has lost it.
+            kept = active & (ratio > 0.5) & (ratio < 2)
+            turn[0, anew] *= np.where(kept, ratio, 0)[anew]
+            product[anew], bound[anew], known[anew] = found[anew], size[anew], size[anew]
+            renewals[anew] += 1
+            active[anew] = ((bound > target) & (steps < limit))[anew]
+        if on and active.any():
+            some = min(most, often - passed % often) if often else most
+            advance(some)
+            passed += some
+
+
 class _Block:
     """The memory for a line of signals, and what is swept in it."""
 
-    def __init__(self, state: Swept, line: Line, dtype: Any, memory: dict[Any, Any]) -> None:
-        operator, mu, log_weight, triangles, _ = state
+    def __init__(self, state: Swept, line: Line, memory: dict[Any, Any]) -> None:
+        operator, mu, log_weight, degree, self.rows, triangles, _ = state
         number, self.width, self.place = line.number, line.width, (line.place, line.part)
         self.triangles = found = triangles[number]
-        nodes = len(found.order)
-        self.most = max(1, BURST // (self.width * (len(found.lower[1]) + len(found.upper[1]) + nodes)))
-        root, inverse, root_degree, weighted, inverse_mu, weighted_mu, weights = found.scales
+        self.nodes = degree, found.mu, found.node
+        nodes, edges = len(degree), len(found.lower[1]) + len(found.upper[1])
+        dtype = found.lower[2].dtype
+        self.most = max(1, BURST // (self.width * (edges + nodes)))
         self.summed = operator.stochastic == "columns"
         remaining = remaining_of(operator, mu)
         remaining = remaining.expand(*mu.shape[:-2], remaining.shape[-2], mu.shape[-1]).amin(-2).reshape(-1)
-        if self.summed:
-            self.scales, self.out, self.weights = (inverse_mu, root_degree), weighted, weights
-            self.factor = 1 / float(remaining[number])
-        else:
-            self.scales, self.out, self.weights = (weighted_mu, root), inverse, inverse
-            self.factor = found.bound
-        largest = float(mu.amax(-2).reshape(-1)[number])
+        self.factor = 1 / float(remaining[number]) if self.summed else found.bound
+        largest = mu.amax(-2).double().reshape(-1)[number]
         condition = 1 + largest**2 / (1 - largest)
-        self.rate = torch.tensor((condition**0.5 - 1) / (condition**0.5 + 1), dtype=torch.float64)
+        self.rate = (condition.sqrt() - 1) / (condition.sqrt() + 1)
+        theory = steps_to(torch.tensor(FALLEN), torch.tensor(1.0), self.rate)
+        self.often = min(max(3 * int(theory) // 4, 1), MOST)
         self.spread = float(log_weight.amin().double().clamp(min=LEAST).mul(0.5).exp())
         kind = self.width, dtype
         if kind not in memory:
-            parts = _sweeps().block(*[(nodes * self.width, dtype)] * 5)
+            parts = _sweeps().block((nodes * self.width, np.float64), *[(nodes * self.width, dtype)] * 5)
             memory[kind] = [part.reshape(nodes, self.width) for part in parts]
         self.vectors = memory[kind]
         self.loss = LOSS / np.finfo(dtype).eps
@@ -286,15 +384,22 @@ class _Block:
             given, start, found = (
                 np.pad(v, ((0, 0), (0, self.width - width))) for v in (given, start, found)
             )
-        x, r, p, t, w = self.vectors
+        y, x, r, p, t, w = self.vectors
+        x.fill(0)
         # What is left of other signals may be no number.
         p.fill(0)
-        turn, step = (np.zeros((1, self.width), x.dtype) for _ in range(2))
-        unit, sums = np.ones(self.width), np.zeros((2, self.width))
-        weights = self.weights, self.summed
-        sweeps.entered(triangles[:3], self.scales, given, start, x, r, unit, lanes)
-        sweeps.weighed(r, *weights, sums, lanes)
-        factor, square = unit * self.factor, sums[0].copy()
+        turn, step, mask = (np.zeros((1, self.width), x.dtype) for _ in range(3))
+        size, sums = np.ones(self.width), np.zeros((2, self.width))
+        started, summed = sweeps.sized(given, start, size, lanes), self.summed
+        unit, weights = (1 / size).reshape(1, -1), (triangles.weights[int(summed)], summed)
+        sweeps.begun(self.nodes, start, unit, y, summed, lanes)
+
+        def residual(into: Any, started: bool) -> None:
+            sweeps.residual(self.rows, self.nodes, given, unit, y, started, into, summed, lanes)
+            sweeps.lowered(triangles.lower, into, *weights, sums, lanes)
+
+        residual(r, started)
+        factor, square = size * self.factor, sums[0].copy()
         target = np.full(self.width, np.inf)
         target[:width] = done.target[place]
         bound = sums[1] * factor
@@ -307,26 +412,31 @@ class _Block:
         patience = 10 + steps_to(torch.ones_like(now), torch.full_like(now, 8.0), self.rate).numpy()
         steps, halved_at = (np.zeros(self.width, np.int64) for _ in range(2))
         active, halved, largest = (bound > target) & (limit > 0), bound.copy(), self.loss * bound
-        numbers = (active, steps, square, bound, halved, halved_at, target, largest, limit, patience)
-        vectors = (x, r, p, t, w, turn, step, sums)
-        most, on = 1 if done.asked else self.most, True
-        while on:
-            done.active[place], done.steps[place] = active[:width], steps[:width]
-            done.bound[place] = bound[:width]
-            on = (not done.asked or not steps.any() or done.going_on()) and bool(active.any())
-            on = on and not done.limits.budget.timed_out
-            if on:
-                sweeps.iterated(
-                    *(triangles.lower, triangles.upper, *weights, factor),
-                    *(vectors, numbers, most, lanes),
-                )
+        numbers = (active, steps, square, bound, halved, halved_at, target, factor, largest, limit, patience)
+        vectors = x, r, p, t, w, turn, step, sums
+
+        def advance(most: int) -> None:
+            sweeps.iterated(triangles.lower, triangles.upper, *weights, vectors, numbers, most, lanes)
+
+        def renew(anew: Any) -> tuple[Any, Any]:
+            mask[0] = anew
+            sweeps.gathered(self.nodes, mask, x, y, lanes)
+            residual(w, True)
+            sweeps.taken(mask, w, r, lanes)
+            found = sums[1] * factor
+            halved[anew], halved_at[anew] = found[anew], steps[anew]
+            return sums[0], found
+
+        often = self.often if x.dtype != y.dtype else None
+        watched = Watched(active, steps, square, bound, bound.copy(), target, limit, turn)
+        advanced(watched, done, place, self.most, often, advance, renew)
         # Residuals that only grew say that the weights are blind to what matters.
         lost = ~(bound < largest) & (steps > 0)
-        kept = (found if added else start)[:, lost].copy() if lost.any() else None
-        unit[:width] *= done.unit[place]
-        sweeps.left(triangles.order, self.out, x, unit.astype(x.dtype).reshape(1, -1), found, added, lanes)
-        if kept is not None:
-            found[:, lost] = kept
+        before = (found if added else start)[:, lost].copy() if lost.any() else None
+        size[:width] *= done.unit[place]
+        sweeps.left(self.nodes, y, x, size.reshape(1, -1), found, summed, added, lanes)
+        if before is not None:
+            found[:, lost] = before
         if found is not wanted:
             wanted[:] = found[:, :width]
 

@@ -108,6 +108,17 @@ def wide(typing: Any, a: Any) -> Any:
 
 
 @intrinsic
+def narrow(typing: Any, a: Any, x: Any) -> Any:
+    """The same numbers of float64 as near as the dtype of x has them."""
+    kind = Lanes(x.dtype, a.count)
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return args[0] if x.dtype == a.dtype else builder.fptrunc(args[0], context.get_value_type(kind))
+
+    return kind(a, x), code
+
+
+@intrinsic
 def magnitude(typing: Any, a: Any) -> Any:
     """|a|."""
 
@@ -127,6 +138,17 @@ def larger(typing: Any, a: Any, b: Any) -> Any:
         return builder.select(builder.fcmp_unordered(">", *args), *args)
 
     return a(a, a), code
+
+
+@intrinsic
+def where(typing: Any, mask: Any, a: Any, b: Any) -> Any:
+    """a in lanes where the mask is not 0, b in the others."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        nothing = ir.Constant(args[0].type, [0.0] * a.count)
+        return builder.select(builder.fcmp_unordered("!=", args[0], nothing), args[1], args[2])
+
+    return a(a, a, a), code
 
 
 def _lane_by_lane(instruction: str) -> Any:
@@ -179,26 +201,36 @@ def ahead(typing: Any, x: Any, place: Any) -> Any:
 
 
 def split(
-    starts: Any, nodes: Any, values: Any, order: Any, looped: bool, degree: Any, mu: Any, remaining: Any
+    starts: Any,
+    nodes: Any,
+    values: Any,
+    order: Any,
+    looped: bool,
+    degree: Any,
+    mu: Any,
+    remaining: Any,
+    dtype: Any,
 ) -> Any:
-    """L and Lᵀ by rows; what scales to the symmetric system and back, [N] each in the order; and a bound.
+    """L and Lᵀ by rows, in a dtype; 1/√ω and the place of each node [N, 2]; weights [2, N]; and a bound.
 
     Of P with weights d, ω = d(1 − µP_ii)/µ scales D(M⁻¹ − P) to I − L − Lᵀ; `looped` says whether any P_ii
-    may not be 0. Returned beside the triangles are √ω, 1/√ω, √ω/d, d/√ω, 1/(µ√ω), d/(µ√ω), weights, and the
-    bound: with ρ = (I − L)⁻¹ times the residual in the symmetric system, a row of the true one divided by
-    `remaining`, 1 − µ·rowsum, is at most that bound times max |ρ|/√ω; and in the transposed system its 1-norm
-    is at most Σ |ρ| times the weights. Nodes where µ = 0 belong to neither triangle.
+    may not be 0. With ρ = (I − L)⁻¹ times the residual in the symmetric system, a row of the true one divided
+    by `remaining`, 1 − µ·rowsum, is at most the bound times max |ρ| times the first weights, which are 1/√ω;
+    and in the transposed system its 1-norm is at most Σ |ρ| times the second. Triangles and weights are in
+    the order, the rest is not. Nodes where µ = 0 belong to neither triangle.
     """
     count, edges = len(order), len(nodes)
     ends, numbers = (2 * count + 2, np.uint32), (2 * edges + 1, np.uint32)
     # Where a triangle has less than all edges, the rest of its memory is never touched.
-    parts = block(ends, (7 * count, np.float64), numbers, (2 * edges + 1, values.dtype))
-    ends, scales, into, of = parts[0].reshape(2, -1), parts[1].reshape(7, count), *parts[2:]
+    scales = [(2 * count, np.float64)] * 2
+    parts = block(ends, *scales, numbers, (2 * edges + 1, dtype))
+    ends, into, of = parts[0].reshape(2, -1), *parts[3:]
+    node, weights = parts[1].reshape(count, 2), parts[2].reshape(2, count)
     first, second, bound = _split(
-        starts, nodes, values, order, looped, degree, mu, remaining, ends, scales, into, of
+        starts, nodes, values, order, looped, degree, mu, remaining, ends, node, weights, into, of
     )
     lower = ends[0], into[:first], of[:first]
-    return lower, (ends[1], into[edges:second], of[edges:second]), scales, bound
+    return lower, (ends[1], into[edges:second], of[edges:second]), node, weights, bound
 
 
 @compiled(error_model="numpy")
@@ -212,7 +244,8 @@ def _split(
     mu: Any,
     remaining: Any,
     ends: Any,
-    scales: Any,
+    node: Any,
+    weights: Any,
     into: Any,
     of: Any,
 ) -> Any:
@@ -226,11 +259,10 @@ def _split(
                 if uint64(nodes[e]) == i:
                     loop[i] += values[e]
     # What is read of a neighbour stands in one line: 1/√ω and its place, which float64 holds exactly.
-    neighbour = np.empty((count, uint64(2)), np.float64)
     for a in range(count):
         i = uint64(order[a])
-        neighbour[i, 0], neighbour[i, 1] = np.sqrt(mu[i] / (degree[i] * (1 - mu[i] * loop[i]))), a
-    first, second = uint64(0), uint64(len(nodes))
+        node[i, 0], node[i, 1] = np.sqrt(mu[i] / (degree[i] * (1 - mu[i] * loop[i]))), a
+    first, second, bound = uint64(0), uint64(len(nodes)), 0.0
     ends[0, 0] = ends[1, 0] = 0
     for a in range(count):
         if a + SOON < count:
@@ -238,12 +270,12 @@ def _split(
             ahead(nodes, soon)
             ahead(values, soon)
         i = uint64(order[a])
-        inverse, before, after = neighbour[i, 0], 0.0, 0.0
+        inverse, before, after = node[i, 0], 0.0, 0.0
         scale = degree[i] * inverse
         for e in range(uint64(starts[i]), uint64(starts[i + one])):
             j = uint64(nodes[e])
-            x = scale * values[e] * neighbour[j, 0]
-            b = uint64(int64(neighbour[j, 1]))
+            x = scale * values[e] * node[j, 0]
+            b = uint64(int64(node[j, 1]))
             if b == a or x == 0.0:
                 continue
             # Which triangle is a matter of chance, so no branch: half of them would be foreseen wrongly.
@@ -254,17 +286,9 @@ def _split(
             before += share * values[e]
             after += (1 - share) * ((mu[i] if alike else mu[j]) * values[e])
         ends[0, a + one], ends[1, a + one] = first, second - uint64(len(nodes))
-        scales[0, a], scales[1, a], scales[3, a] = mu[i], inverse, scale
-        scales[4, a], scales[5, a], scales[6, a] = remaining[i], 1 - mu[i] * (loop[i] - before), after
-    bound = 0.0
-    # The quotients by themselves, several at a time.
-    for a in range(count):
-        m, inverse, scale, rest = scales[0, a], scales[1, a], scales[3, a], scales[4, a]
-        there, root = m > 0, 1 / inverse
-        bound = max(bound, scales[5, a] / rest if there else 0.0)
-        scales[0, a], scales[2, a] = root if there else 0.0, 1 / scale if there else 0.0
-        scales[4, a], scales[5, a] = inverse / m if there else 0.0, scale / m if there else 0.0
-        scales[6, a] = m * root + scale * scales[6, a] if there else 0.0
+        there = mu[i] > 0
+        bound = max(bound, (1 - mu[i] * (loop[i] - before)) / remaining[i] if there else 0.0)
+        weights[0, a], weights[1, a] = inverse, mu[i] / inverse + scale * after if there else 0.0
     return first, second, bound
 
 
@@ -272,68 +296,103 @@ def _split(
 
 
 @compiled
-def entered(
-    triangles: Any, scales: Any, given: Any, start: Any, x: Any, r: Any, unit: Any, lanes: Any
-) -> None:
-    """The start as x, and r = (I − L)⁻¹ρ of its residual ρ, both divided by a signal's largest number.
+def sized(given: Any, start: Any, unit: Any, lanes: Any) -> Any:
+    """The largest number of each signal's `given` and `start` [N, W] into `unit`; whether any start is not 0.
 
-    `given` and `start` are [N, W].
+    1 where all are 0, and never so small that its inverse is infinite.
     """
-    order, lower, upper = triangles
-    into, back = scales
     most, guess = magnitude(load(given, uint64(0), lanes)), magnitude(load(start, uint64(0), lanes))
-    for i in range(uint64(len(order))):
+    for i in range(uint64(len(given))):
         most = larger(most, magnitude(load(given, i, lanes)))
         guess = larger(guess, magnitude(load(start, i, lanes)))
-    found, inverse = np.empty((2, len(unit)), x.dtype), np.empty((1, len(unit)), x.dtype)
+    found = np.empty((2, len(unit)), given.dtype)
     store(found, uint64(0), most)
     store(found, uint64(1), guess)
     for k in range(uint64(len(unit))):
         unit[k] = max(found[0, k], found[1, k])
-        # Whose inverse is finite.
-        unit[k] = max(unit[k], np.finfo(x.dtype).tiny) if unit[k] > 0 else 1.0
-        inverse[0, k] = 1 / unit[k]
-    scale = load(inverse, uint64(0), lanes)
-    for a in range(uint64(len(order))):
-        i = uint64(order[a])
-        store(r, a, load(given, i, lanes) * scale * x.dtype.type(into[a]))
-        store(x, a, load(start, i, lanes) * scale * x.dtype.type(back[a]))
-    if found[1].any():
-        _less(lower, upper, x, r, lanes)
-    starts, numbers, values = lower
-    for a in range(uint64(len(order))):
+        unit[k] = max(unit[k], np.finfo(given.dtype).tiny) if unit[k] > 0 else 1.0
+    return found[1].any()
+
+
+@compiled
+def lowered(lower: Any, r: Any, weights: Any, summed: bool, sums: Any, lanes: Any) -> None:
+    """r ← (I − L)⁻¹ r; Σ r² and Σ or max of |r| with weights into `sums`, added up as `moved` does."""
+    (starts, numbers, values), a0 = lower, zeros(lanes)
+    a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
+    for a in range(uint64(len(weights))):
         q = load(r, a, lanes)
         for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
             q = q + load(r, uint64(numbers[e]), lanes) * values[e]
         store(r, a, q)
-
-
-@compiled
-def weighed(r: Any, weights: Any, summed: bool, sums: Any, lanes: Any) -> None:
-    """Σ r² and Σ or max of |r| with weights into `sums`, added up as `moved` does."""
-    a0 = zeros(lanes)
-    a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
-    for i in range(uint64(len(weights))):
-        v = wide(load(r, i, lanes))
+        v = wide(q)
         a0, a1, a2, a3 = a1, a2, a3, a0 + v * v
-        y = magnitude(v) * weights[i]
+        y = magnitude(v) * weights[a]
         b0, b1, b2, b3 = b1, b2, b3, b0 + y if summed else larger(b0, y)
     store(sums, uint64(0), (a0 + a1) + (a2 + a3))
     store(sums, uint64(1), (b0 + b1) + (b2 + b3) if summed else larger(larger(b0, b1), larger(b2, b3)))
 
 
 @compiled
-def _less(lower: Any, upper: Any, x: Any, r: Any, lanes: Any) -> None:
-    """r ← r − (I − L − Lᵀ)x."""
-    (below, into_below, of_below), (above, into_above, of_above) = lower, upper
-    for a in range(uint64(len(below) - 1)):
-        q = load(r, a, lanes) - load(x, a, lanes)
-        # A loop over the two triangles would count references at every row.
-        for e in range(uint64(below[a]), uint64(below[a + uint64(1)])):
-            q = q + load(x, uint64(into_below[e]), lanes) * of_below[e]
-        for e in range(uint64(above[a]), uint64(above[a + uint64(1)])):
-            q = q + load(x, uint64(into_above[e]), lanes) * of_above[e]
-        store(r, a, q)
+def begun(nodes: Any, start: Any, unit: Any, y: Any, summed: bool, lanes: Any) -> None:
+    """The start [N, W] as y, in units of 1/`unit` [1, W]."""
+    (degree, _, _), scale = nodes, load(unit, uint64(0), lanes)
+    for i in range(uint64(len(degree))):
+        store(y, i, wide(load(start, i, lanes)) * scale * (1 / degree[i] if summed else 1.0))
+
+
+@compiled
+def gathered(nodes: Any, mask: Any, x: Any, y: Any, lanes: Any) -> None:
+    """y ← y + x and x ← 0 where the mask is not 0."""
+    (degree, _, node), chosen, nothing = nodes, load(mask, uint64(0), lanes), narrow(zeros(lanes), x)
+    for i in range(uint64(len(degree))):
+        a = uint64(int64(node[i, 1]))
+        here = load(x, a, lanes)
+        store(y, i, load(y, i, lanes) + wide(where(chosen, here, nothing)) * node[i, 0])
+        store(x, a, where(chosen, nothing, here))
+
+
+# A call would count references to the arrays of `rows` for every node, which takes three times as long.
+@compiled(inline="always")
+def remainder(
+    rows: Any, mu: float, given: Any, scale: Any, y: Any, started: bool, gain: float, i: int, lanes: Any
+) -> Any:
+    """Node i's residual of y, in float64: `scale` times `given` less `gain` times (I − MP)y.
+
+    P is given by its rows; y [N, W] is 0 if not `started`.
+    """
+    (starts, into, values), v = rows, wide(load(given, i, lanes)) * scale
+    if started:
+        walked = zeros(lanes)
+        for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
+            walked = walked + load(y, uint64(into[e]), lanes) * values[e]
+        v = v - (load(y, i, lanes) - walked * mu) * gain
+    return v
+
+
+@compiled(error_model="numpy")
+def residual(
+    rows: Any, nodes: Any, given: Any, unit: Any, y: Any, started: bool, w: Any, summed: bool, lanes: Any
+) -> None:
+    """w, in the symmetric system, the residual of y, in float64 from the walk itself.
+
+    y [N, W], which is 0 if not `started`, is in float64, in units of 1/`unit` [1, W], and solves with the
+    walk that is stochastic by rows; `summed` says that `given` [N, W] is not for this but for its transpose,
+    which solves with D y.
+    """
+    (degree, mu, node), scale = nodes, load(unit, uint64(0), lanes)
+    for i in range(uint64(len(degree))):
+        gain = degree[i] if summed else 1.0
+        v = remainder(rows, mu[i], given, scale, y, started, gain, i, lanes)
+        share = node[i, 0] / (mu[i] * gain) * degree[i] if mu[i] > 0 else 0.0
+        store(w, uint64(int64(node[i, 1])), narrow(v * share, w))
+
+
+@compiled
+def taken(mask: Any, w: Any, r: Any, lanes: Any) -> None:
+    """r ← w where the mask is not 0."""
+    chosen = load(mask, uint64(0), lanes)
+    for a in range(uint64(len(r))):
+        store(r, a, where(chosen, load(w, a, lanes), load(r, a, lanes)))
 
 
 @compiled
@@ -386,7 +445,7 @@ def _moved_by_fours(
 
 
 @compiled
-def _four(x: Any, first: int, lanes: Any) -> Any:
+def four_rows(x: Any, first: int, lanes: Any) -> Any:
     """Four rows."""
     one = uint64(1)
     second, third, last = first + one, first + one + one, first + one + one + one
@@ -405,8 +464,8 @@ def moved(
         parts = np.empty((8, 1), np.float64)
         _moved_by_fours(x, r, t, w, step[0, 0], weights, summed, parts, (0, 0, 0, 0))
         first = uint64(len(weights)) // uint64(4) * uint64(4)
-        a0, a1, a2, a3 = _four(parts, uint64(0), lanes)
-        b0, b1, b2, b3 = _four(parts, uint64(4), lanes)
+        a0, a1, a2, a3 = four_rows(parts, uint64(0), lanes)
+        b0, b1, b2, b3 = four_rows(parts, uint64(4), lanes)
     for i in range(first, uint64(len(weights))):
         direction = load(t, i, lanes)
         store(x, i, load(x, i, lanes) + direction * alpha)
@@ -420,13 +479,12 @@ def moved(
     store(sums, uint64(1), (b0 + b1) + (b2 + b3) if summed else larger(larger(b0, b1), larger(b2, b3)))
 
 
-@compiled
+@compiled(error_model="numpy")
 def iterated(
     lower: Any,
     upper: Any,
     weights: Any,
     summed: bool,
-    factor: Any,
     vectors: Any,
     state: Any,
     most: int,
@@ -434,7 +492,7 @@ def iterated(
 ) -> None:
     """Conjugate gradients, at most so many steps; what changes is in `vectors` and `state`."""
     x, r, p, t, w, turn, step, sums = vectors
-    active, steps, square, bound, halved, halved_at, target, largest, limit, patience = state
+    active, steps, square, bound, halved, halved_at, target, factor, largest, limit, patience = state
     for _ in range(most):
         if not active.any():
             return
@@ -459,10 +517,10 @@ def iterated(
 
 
 @compiled
-def left(order: Any, out: Any, x: Any, unit: Any, found: Any, added: bool, lanes: Any) -> None:
-    """x in the order and the units of the right-hand sides, added to `found` [N, W] or in its place."""
-    scale = load(unit, uint64(0), lanes)
-    for a in range(uint64(len(order))):
-        i = uint64(order[a])
-        value = load(x, a, lanes) * x.dtype.type(out[a]) * scale
-        store(found, i, load(found, i, lanes) + value if added else value)
+def left(nodes: Any, y: Any, x: Any, unit: Any, found: Any, summed: bool, added: bool, lanes: Any) -> None:
+    """y + x in the units of the right-hand sides, added to `found` [N, W] or in its place."""
+    (degree, _, node), scale = nodes, load(unit, uint64(0), lanes)
+    for i in range(uint64(len(degree))):
+        here = load(y, i, lanes) + wide(load(x, uint64(int64(node[i, 1])), lanes)) * node[i, 0]
+        value = here * (degree[i] if summed else 1.0) * scale
+        store(found, i, narrow(wide(load(found, i, lanes)) + value if added else value, found))

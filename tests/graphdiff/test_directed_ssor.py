@@ -32,10 +32,15 @@ def one_way(nodes, seed, loops=True, share=0.3, **options):
     return gd.SparseTransition.from_scipy(sparse.csr_array(W.numpy()), **options)
 
 
-def triangles(P, mu):
-    """L, U and the order, and what the solver keeps beside."""
+def triangles(P, mu, narrow=False):
+    """L, U and the order, and what the solver keeps beside; in float32 as it sweeps, or in float64."""
+    from graphdiff.solvers import directed_ssor
+
     nodes = P.shape[-1]
-    (found,) = DirectedSSOR.prepare(P, torch.as_tensor(mu, **f64).reshape(-1, 1)).triangles
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(directed_ssor, "NEAR", 0.0 if narrow else 2.0)
+        (found,) = DirectedSSOR.prepare(P, torch.as_tensor(mu, **f64).reshape(-1, 1)).triangles
+    assert (found.lower[2].dtype == "float32") == narrow
 
     def dense(triangle):
         starts, numbers, values = (torch.from_numpy(x.astype("f8")) for x in triangle)
@@ -45,7 +50,8 @@ def triangles(P, mu):
             T[a, numbers[some].long()] = values[some]
         return T
 
-    return dense(found.lower), dense(found.upper), torch.from_numpy(found.order.astype("i8")), found
+    order = torch.from_numpy(found.place.astype("i8")).argsort()
+    return dense(found.lower), dense(found.upper), order, found
 
 
 @with_numba
@@ -72,6 +78,8 @@ def test_the_triangles_are_those_of_the_system_and_what_bounds_the_residual_does
     system = (torch.eye(nodes, **f64) - m[:, None] * P.dense())[order][:, order]
     diagonal = system.diagonal()
     torch.testing.assert_close(system / diagonal[:, None], torch.eye(nodes, **f64) - L - U)
+    for rough, exact in zip(triangles(P, m if each else mu, narrow=True), (L, U), strict=False):
+        torch.testing.assert_close(rough, exact, rtol=1e-7, atol=1e-13)
     inverse, weights = torch.from_numpy(found.scales)
     torch.testing.assert_close(inverse, 1 / diagonal)
     # Some entries large, as where one node's row decides.
@@ -113,6 +121,103 @@ def test_a_signal_has_its_bits_and_steps_in_any_company_and_by_any_threads(dtype
         for mate in (0, 1):
             assert torch.equal(again.value[mate], together.value)
             assert torch.equal(again.steps[mate], together.steps)
+
+
+def renewals(sol):
+    """How often the solver computed each residual anew in float64, of a solve that took one certificate."""
+    return (2 * (sol.matvecs - 2 * sol.steps - 1) - 4 + 1) // 3
+
+
+@with_numba
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_signal_has_its_bits_and_renewals_beside_others_that_began_nearer(transposed):
+    P = one_way(300, 2, share=0.02)
+    P = P.T if transposed else P
+    s = torch.randn(300, 20, generator=torch.Generator().manual_seed(1), **f64)
+    s[:, ::3] = torch.eye(300, 7, **f64)
+    exact = gd.diffuse(P, s, 0.95, tol=1e-12, solver=gd.solvers.Direct())
+    g = torch.Generator().manual_seed(5)
+    off = 10.0 ** -torch.arange(20.0, **f64).remainder(9)
+    start = exact + off * s.abs().sum(0) * torch.randn(300, 20, generator=g, **f64) / 300
+    together = gd.solve(P, s, 0.95, tol=1e-9, solver=DirectedSSOR, initial=start)
+    assert together.converged.all()
+    assert {0, 1, 2} <= set(renewals(together).tolist())
+    for some in (*([k] for k in range(20)), [3, 11, 7], list(range(19, -1, -1))):
+        alone = gd.solve(P, s[:, some], 0.95, tol=1e-9, solver=DirectedSSOR, initial=start[:, some])
+        assert torch.equal(alone.value, together.value[:, some])
+        assert torch.equal(alone.steps, together.steps[some])
+        assert torch.equal(alone.matvecs, together.matvecs[some])
+
+
+@with_numba
+@pytest.mark.parametrize("mu", [0.5, 0.95, 0.995, 0.9999])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_float32_sweeps_reach_what_float64_can_be_asked_for(mu, transposed):
+    """And in one go: nobody starts again because what was claimed did not hold."""
+    P = one_way(300, 2, share=0.02)
+    s = torch.randn(300, 5, generator=torch.Generator().manual_seed(1), **f64)
+    Q = P.T if transposed else P
+    narrow = DirectedSSOR.prepare(Q, torch.full((1, 1), mu, **f64)).triangles[0].lower[2].dtype == "float32"
+    assert narrow == (mu < 0.999)
+    solved = []
+    with pytest.MonkeyPatch.context() as patched:
+        solve = type(DirectedSSOR).solve
+        patched.setattr(type(DirectedSSOR), "solve", lambda *a: solved.append(1) or solve(*a))
+        tol = 1e-12 / (1 - mu)
+        sol = gd.solve(Q, s, mu, tol=tol, solver=DirectedSSOR)
+    assert sol.converged.all()
+    assert len(solved) == 1
+    error = (sol.value - oracle(Q.dense(), s, mu)).abs()
+    size = s.abs().sum(0) if transposed else s.abs().amax(0)
+    assert ((error.sum(0) if transposed else error.amax(0)) <= tol * size).all()
+
+
+@with_numba
+def test_a_start_is_kept_to_its_last_digit():
+    """It goes into float64 as it is: what is not better than float32 would have it is not touched."""
+    P = one_way(300, 2, share=0.02)
+    s = torch.randn(300, 3, generator=torch.Generator().manual_seed(1), **f64)
+    for Q in (P, P.T):
+        exact = gd.diffuse(Q, s, 0.9, solver=gd.solvers.Direct())
+        sol = gd.solve(Q, s, 0.9, tol=1e-11, solver=DirectedSSOR, initial=exact)
+        assert sol.steps.tolist() == [0, 0, 0]
+        nearly = exact * (1 + 1e-9 * torch.randn(300, 3, generator=torch.Generator().manual_seed(2), **f64))
+        sol = gd.solve(Q, s, 0.9, tol=1e-11, solver=DirectedSSOR, initial=nearly)
+        assert (sol.steps > 0).all()
+        assert (sol.steps <= 4).all()
+        assert (renewals(sol) == 0).all()
+        torch.testing.assert_close(sol.value, exact, rtol=0, atol=1e-10)
+
+
+@with_numba
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("nodes", [1, 2, 3, 4, 5, 10, 101])
+def test_a_move_of_one_signal_has_the_bits_it_has_in_company(nodes, dtype, summed):
+    from graphdiff.solvers import directed_sweeps
+
+    g = torch.Generator().manual_seed(nodes)
+    vectors = torch.randn(4, nodes, 8, generator=g, dtype=dtype)
+    along, scales = torch.rand(1, 8, generator=g, dtype=dtype), torch.rand(2, nodes, generator=g, **f64)
+
+    def move(some):
+        x, r, t, w = (v[:, some].clone() for v in vectors)
+        arrays = [v.contiguous().numpy() for v in (x, r, t, w, along[:, some])]
+        sums = torch.zeros(2, len(some), **f64)
+        directed_sweeps.moved(*arrays, *scales.numpy(), summed, sums.numpy(), (0,) * len(some))
+        return *(torch.from_numpy(v) for v in arrays[:2]), sums
+
+    together = move(range(8))
+    for k in (0, 7):
+        for alone, found in zip(move([k]), together, strict=True):
+            assert torch.equal(alone, found[:, k : k + 1])
+    x, r, t, w = vectors
+    torch.testing.assert_close(together[0], x + along * t)
+    torch.testing.assert_close(together[1], r - along * (t + w))
+    r, (shadow, weights) = together[1].double(), scales.unsqueeze(-1)
+    torch.testing.assert_close(together[2][0], (r * shadow).sum(0))
+    size = r.abs() * weights
+    torch.testing.assert_close(together[2][1], size.sum(0) if summed else size.amax(0))
 
 
 @with_numba
@@ -184,7 +289,9 @@ def test_far_fewer_products_than_bicgstab_from_single_nodes_and_few_from_a_good_
             gd.solve(Q, s, 0.99, tol=1e-8, solver=x) for x in (DirectedSSOR, gd.solvers.BiCGSTAB())
         )
         assert ours.converged.all()
-        assert (ours.matvecs < 0.8 * plain.matvecs).all()
+        # Residuals in float64 are counted, of which one signal may need more than another.
+        assert (ours.matvecs <= plain.matvecs).all()
+        assert ours.matvecs.sum() < 0.8 * plain.matvecs.sum()
         assert (gd.solve(Q, s, 0.99, tol=1e-8, solver=DirectedSSOR, initial=ours.value).steps <= 1).all()
 
 
@@ -202,12 +309,13 @@ def test_steps_are_limited_signal_by_signal():
 
 
 @with_numba
-def test_one_step_more_never_makes_the_answer_worse():
+@pytest.mark.parametrize(("nodes", "seed", "share", "mu"), [(400, 3, 0.004, 0.999), (300, 7, 0.005, 0.99)])
+def test_one_step_more_never_makes_the_answer_worse(nodes, seed, share, mu):
     """Residuals do not fall steadily: what is handed back is the best x so far."""
-    P, s = one_way(400, 3, share=0.004), torch.eye(400, 1, **f64)
+    P, s = one_way(nodes, seed, share=share), torch.eye(nodes, 1, **f64)
     for Q in (P, P.T):
         bounds = [
-            float(gd.solve(Q, s, 0.999, solver=DirectedSSOR, max_steps=k, on_failure="ignore").error_bound)
+            float(gd.solve(Q, s, mu, solver=DirectedSSOR, max_steps=k, on_failure="ignore").error_bound)
             for k in range(1, 20)
         ]
         assert bounds[-1] < 0.1 * bounds[0]
@@ -216,11 +324,30 @@ def test_one_step_more_never_makes_the_answer_worse():
 
 
 @with_numba
+def test_what_is_added_up_changes_neither_the_answer_nor_the_best_one():
+    from graphdiff.solvers import directed_sweeps
+
+    g = torch.Generator().manual_seed(3)
+    x, best = torch.randn(2, 50, 8, generator=g)
+    y, place = torch.randn(50, 8, generator=g, **f64), torch.randperm(50, generator=g)
+    mask = torch.tensor([[1.0, 0.0] * 4])
+    # Small integers, which no dtype rounds.
+    before = [v.mul_(8).round_().clone() for v in (x, best, y)]
+    arrays = (v.numpy() for v in (mask, x, best, y))
+    directed_sweeps.gathered(place.numpy().astype("u4"), *arrays, (0,) * 8)
+    assert (x[:, ::2] == 0).all()
+    for now, then in zip((x, best, y), before, strict=True):
+        assert torch.equal(now[:, 1::2], then[:, 1::2])
+    for k in (0, 1):
+        assert torch.equal(y + (x, best)[k][place], before[2] + before[k][place])
+
+
+@with_numba
 def test_no_line_of_signals_begins_after_the_time_is_up():
     P = one_way(400, 3, share=0.01)
     s = torch.randn(400, 17, generator=torch.Generator().manual_seed(4), **f64)
     sol = gd.solve(P, s, 0.99, solver=DirectedSSOR, max_seconds=1e-9, on_failure="ignore")
-    assert sol.steps.tolist() == [1] * 8 + [0] * 9
+    assert sol.steps.tolist() == [1] * 16 + [0]
 
 
 @with_numba
