@@ -332,6 +332,26 @@ def test_signals_that_are_renewed_at_different_times_have_the_bits_they_have_alo
 
 
 @with_numba
+def test_where_float32_would_take_many_more_steps_sweeps_are_in_float64():
+    for spread, mu, dtype in ((1.0, 0.99, "float32"), (12.0, 0.99, "float64"), (1.0, 0.999, "float64")):
+        (found,) = SSOR.prepare(weighted(60, 7, spread=spread), torch.tensor([[mu]], **f64)).triangles
+        assert found.lower[2].dtype == dtype
+
+
+@with_numba
+def test_who_is_told_of_every_step_is_told_the_same_bits():
+    P = crowded()
+    s = torch.eye(P.shape[-1], **f64)[:, [401, 0, 399]]
+    for walk in (P, P.T):
+        told = []
+        quiet = gd.solve(walk, s, 0.99, solver=SSOR, tol=1e-6)
+        loud = gd.solve(walk, s, 0.99, solver=SSOR, tol=1e-6, progress=told.append)
+        assert torch.equal(loud.value, quiet.value)
+        assert torch.equal(loud.matvecs, quiet.matvecs)
+        assert len(told) >= int(quiet.steps.max()) - 1
+
+
+@with_numba
 @pytest.mark.parametrize("mu", [0.85, 0.99])
 def test_float32_takes_few_steps_more_than_float64(mu, monkeypatch):
     from graphdiff.solvers import ssor
