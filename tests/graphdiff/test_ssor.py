@@ -425,6 +425,18 @@ def test_steps_are_limited_signal_by_signal():
 
 
 @with_numba
+@pytest.mark.parametrize("transposed", [False, True])
+def test_who_is_doubted_at_the_limit_takes_no_step_more(transposed):
+    P = crowded()
+    P = P.T if transposed else P
+    # Done, as float32 has it, before the residual is computed anew.
+    s = torch.eye(P.shape[-1], **f64)[:, [401, 0, 399, 200, 7]]
+    for asked in range(1, 16):
+        sol = gd.solve(P, s, 0.99, solver=SSOR, tol=1e-9, max_steps=asked, on_failure="ignore")
+        assert (sol.steps <= asked).all()
+
+
+@with_numba
 def test_no_line_of_signals_begins_after_the_time_is_up():
     P = gd.grid_transition(torch.zeros(1, 40, 40, **f64))
     s = torch.randn(1600, 17, generator=torch.Generator().manual_seed(4), **f64)
