@@ -9,10 +9,11 @@ from torch import Tensor
 
 from graphdiff import checks
 from graphdiff.implicit import Call, Ending, OnFailure, Outcome, concluded, ending, implicit_solve, spent
+from graphdiff.memory import empty
 from graphdiff.operators.base import Transition, check_transition
 from graphdiff.solution import Norm, Progress, Solution
 from graphdiff.solvers.auto import Auto, chosen
-from graphdiff.solvers.base import Budget, Solver, memory, norm_of, size
+from graphdiff.solvers.base import Budget, Solver, norm_of, size
 from graphdiff.solvers.shifted import Shifted
 
 
@@ -166,7 +167,7 @@ def solve_scaled(
     operator = P.to(torch.float32) if P.dtype in (torch.float16, torch.bfloat16) else P
     wide = torch.float32 if P.device.type == "mps" else torch.float64
     seed, mu = signal.to(wide).expand(shape), mu.to(wide)
-    room = memory(shape, seed)
+    room = empty(shape, seed)
     atol = tol * size(seed.detach(), norm, room)
     start = (seed if initial is None else initial.to(wide).expand(shape)).detach()
     target = atol

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numba import uint64
 
+from graphdiff.memory import HUGE, lent
 from graphdiff.operators.compiled import compiled
 
 # Colours counted apart; nodes beyond them share the last, which costs speed and no more.
@@ -20,10 +21,11 @@ LINE = 64
 def block(*parts: tuple[int, Any]) -> list[Any]:
     """Arrays of so many numbers of a dtype each, not filled, in one piece of memory.
 
-    A large piece numpy gets from Linux in few, huge pages; many small ones take as long as the work in them.
+    To touch a large piece takes few, huge pages; many small ones take as long as the work in them.
     """
     sizes = [-(-count * np.dtype(dtype).itemsize // LINE) * LINE for count, dtype in parts]
-    memory = np.empty(sum(sizes) + LINE, np.uint8)
+    length = sum(sizes) + LINE
+    memory = lent(length) if length >= 2 * HUGE else np.empty(length, np.uint8)
     first, arrays = -memory.ctypes.data % LINE, []
     for size, (count, dtype) in zip(sizes, parts, strict=True):
         arrays.append(memory[first : first + size].view(dtype)[:count])

@@ -11,7 +11,6 @@ the interval would halve the bound, and make the error itself larger wherever th
 """
 
 import functools
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from graphdiff import checks
+from graphdiff.memory import empty
 from graphdiff.operators.base import Transition
 from graphdiff.operators.held import holds
 from graphdiff.solution import Norm, Progress
@@ -37,8 +37,6 @@ FOLDED = 32
 CACHED, FEWEST = 2**18, {torch.float32: 32, torch.float64: 8}
 # Numbers of a vector of all signals that several threads solve at a time, at most.
 SHARED = 2**24
-# Bytes of a huge page; numpy asks for them from two on.
-HUGE = 2**21
 # Terms of a sum that are added up in float32 before float64 goes on, and the weights that this suits.
 SUMMED, LIGHTEST = 64, 1e-9
 
@@ -404,15 +402,15 @@ def solve_certified(
     width = channels if solver.together else _width(solver, operator, mu, rhs)
     solved = functools.partial(_solve_some, solver, state, operator, mu, budget, keep)
     if width >= channels:
-        room = Room(*(memory(rhs.shape, rhs) for _ in Room._fields))
+        room = Room(*(empty(rhs.shape, rhs) for _ in Room._fields))
         return solved(rhs.contiguous(), initial.contiguous(), atol.contiguous(), room)
-    vectors, parts = [memory(rhs.shape, rhs) for _ in range(3)], []
+    vectors, parts = [empty(rhs.shape, rhs) for _ in range(3)], []
     spare: Sequence[Tensor] = []
     for first in range(0, channels, width):
         some = slice(first, first + width)
         b, start, allowed = (x[..., some] for x in (rhs, initial, atol))
         if not spare or spare[0].shape != b.shape:
-            spare = memory((2 + len(Room._fields), *b.shape), rhs).unbind()
+            spare = empty((2 + len(Room._fields), *b.shape), rhs).unbind()
         budget.waiting = rhs[..., :1, some.stop :].numel()
         given = spare[0].copy_(b), spare[1].copy_(start), allowed.contiguous()
         part = solved(*given, Room(*spare[2:]))
@@ -436,21 +434,6 @@ class Room(NamedTuple):
     upper: Tensor
     residual: Tensor
     scratch: Tensor
-
-
-def memory(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Numbers like those of a tensor, of any value.
-
-    Large pieces from numpy, which gets them from Linux in huge pages, and from where one of these begins: to
-    touch small pages for the first time takes longer than several sums over what is in them.
-    """
-    length = math.prod(shape) * like.itemsize
-    if like.device.type != "cpu" or length < 2 * HUGE:
-        return like.new_empty(shape)
-    piece = np.empty((length // HUGE + 2) * HUGE, np.uint8)
-    first = -piece.ctypes.data % HUGE
-    numbers = piece[first : first + length].view(str(like.dtype).removeprefix("torch."))
-    return torch.from_numpy(numbers.reshape(tuple(shape)))
 
 
 def _width(solver: Solver, operator: Transition, mu: Tensor, rhs: Tensor) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from graphdiff import checks
+from graphdiff.memory import empty
 from graphdiff.operators.base import Transition
 from graphdiff.solvers.base import (
     Iterate,
@@ -140,8 +141,8 @@ class DirectedSSOR(Solver):
         batch = checks.broadcast_batch([operator.shape[:-2], rhs.shape[:-2], mu.shape[:-2]], "P, s and µ")
         nodes, channels = rhs.shape[-2:]
         pinned = mu == 0
-        start = torch.where(pinned, rhs, initial)
-        y = rhs.new_empty(*batch, nodes, channels)
+        start = torch.where(pinned, rhs, initial) if bool(pinned.any()) else initial
+        y = empty((*batch, nodes, channels), rhs)
         done = Progressed(target, torch.ones_like(target).expand(*batch, 1, channels), limits)
 
         def sweep(line: Line, memory: dict[Any, Any], b: Any, guess: Any, found: Any) -> None:

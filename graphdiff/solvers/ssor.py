@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from graphdiff import checks
+from graphdiff.memory import empty
 from graphdiff.operators.base import Transition
 from graphdiff.solvers.base import (
     Iterate,
@@ -155,7 +156,7 @@ class SSOR(Solver):
         batch = checks.broadcast_batch([operator.shape[:-2], rhs.shape[:-2], mu.shape[:-2]], "P, s and µ")
         nodes, channels = rhs.shape[-2:]
         given, start, unit, pinned = rhs, initial, torch.ones_like(target), bool((mu == 0).any())
-        y = rhs.new_empty(*batch, nodes, channels)
+        y = empty((*batch, nodes, channels), rhs)
         if pinned:
             # Where µ_i = 0 the answer is b_i; started there, nothing is left to do for it.
             each = mu.expand(*mu.shape[:-2], nodes, mu.shape[-1])

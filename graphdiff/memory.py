@@ -1,0 +1,68 @@
+"""Memory for large vectors, from pieces that nobody uses any more.
+
+The system hands out memory page by page when it is first touched, and takes back what is freed. For the
+vectors of a solve of many signals that takes as long as several passes over them, on virtual machines longer
+than the solve. So pieces that were let go are kept for the next that asks, up to `KEPT` bytes in all.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Bytes of a huge page. Numpy asks the system for such, which are cheaper to touch, where a piece has some.
+HUGE = 2**21
+# Bytes kept at most, and how many times as large as asked for a piece may be.
+KEPT, LARGER = 2**28, 1.5
+
+# By their addresses, those kept longest first. Threads share it: each call on it is one step for Python.
+_kept: dict[int, Any] = {}
+
+
+class _Lent:
+    """A piece of bytes, which is kept when the last array on it is gone."""
+
+    def __init__(self, piece: Any) -> None:
+        self.piece, self.__array_interface__ = piece, piece.__array_interface__
+
+    def __del__(self) -> None:
+        _keep(self.piece)
+
+
+def _keep(piece: Any) -> None:
+    if piece.nbytes > KEPT:
+        return
+    _kept[piece.ctypes.data] = piece
+    pieces = list(_kept.items())
+    total = sum(each.nbytes for _, each in pieces)
+    for address, each in pieces:
+        if total <= KEPT:
+            return
+        _kept.pop(address, None)
+        total -= each.nbytes
+
+
+def lent(length: int) -> Any:
+    """So many bytes, of any value, an array [length] that begins where a huge page does."""
+    whole = -(-length // HUGE) * HUGE
+    fitting = [each for each in list(_kept.values()) if whole <= each.nbytes <= LARGER * whole]
+    found = min(fitting, key=lambda each: each.nbytes, default=None)
+    # Another thread may have taken it.
+    piece = None if found is None else _kept.pop(found.ctypes.data, None)
+    if piece is None:
+        more = np.empty(whole + HUGE, np.uint8)
+        first = -more.ctypes.data % HUGE
+        piece = more[first : first + whole]
+    return np.asarray(_Lent(piece))[:length]
+
+
+def empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Numbers like those of a tensor, of any value."""
+    length = math.prod(shape) * like.itemsize
+    if like.device.type != "cpu" or length < 2 * HUGE:
+        return like.new_empty(shape)
+    numbers = lent(length).view(str(like.dtype).removeprefix("torch."))
+    return torch.from_numpy(numbers.reshape(tuple(shape)))
