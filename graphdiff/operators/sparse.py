@@ -1,11 +1,11 @@
 """P = D⁻¹W held as its edges, in compressed rows (CSR).
 
-Two ways to a product. Without autograd it is a CSR product, by the fastest library of those measured:
-torch's sums of embeddings in float32, whose time hardly grows with the channels up to 32; in float64 scipy,
-where torch has one thread, which takes Pᵀ from the same arrays, else torch's own. Either way each row is
-summed edge after edge, so that the bits of a signal depend on no other. Under autograd it is
-gather, multiply, add, which torch can differentiate as often as asked, in O(edges · K) memory;
-differentiating the CSR product would fill an N×N matrix.
+Two ways to a product. Without autograd it is a CSR product, by the fastest of those measured: torch's sums of
+embeddings in float32, whose time hardly grows with the channels up to 32; in float64 compiled ones for
+several signals (`edges`), else scipy, where torch has one thread, or torch's own. The first two take Pᵀ from
+the same arrays on one thread. Either way each row is summed edge after edge, so that the bits of a signal
+depend on no other. Under autograd it is gather, multiply, add, which torch can differentiate as often as
+asked, in O(edges · K) memory; differentiating the CSR product would fill an N×N matrix.
 
 Where nodes have no edge out, P = Q + a wᵀ: Q holds the edges, a marks those nodes, w is where they jump.
 """
@@ -32,6 +32,8 @@ Dangling = Literal["self", "uniform", "restart", "error"] | Tensor
 
 # With fewer edges a walk is built sooner than numba is imported, and so it is unless that is done already.
 FEW_EDGES = 2**16
+# Edges times signals from which compiled products are looked for.
+MANY = 2**17
 # No sum or square of weights between these overflows or vanishes.
 ORDINARY = 1e-15, 1e15
 
@@ -568,7 +570,10 @@ class SparseTransition(Transition):
             into, out_of = ends[::-1] if transposed else ends
             steps = self.values.to(y.dtype).unsqueeze(-1) * flat.index_select(0, out_of)
             product = torch.zeros_like(flat).index_add(0, into, steps)
-        elif _scipy_is_fastest(self.values, y):
+        elif transposed and torch.get_num_threads() == 1 and _compiled_product(self.values, flat):
+            rows = self.indptr, self.indices, self.values
+            product = _edges().transposed(*rows, flat.detach())
+        elif _scipy_is_fastest(self.values, y) and not _compiled_product(self.values, flat):
             matrix = self._transposed_matrix if transposed else self._matrix
             product = torch.from_numpy(matrix @ flat.detach().numpy())
         elif transposed:
@@ -763,6 +768,9 @@ def csr_product(indptr: Tensor, indices: Tensor, values: Tensor, y: Tensor) -> T
             return torch.nn.functional.embedding_bag(
                 indices, y, indptr, mode="sum", per_sample_weights=values, include_last_offset=True
             )
+        if _compiled_product(values, y):
+            found: Tensor = _edges().product(indptr, indices, values, y)
+            return found
         if _scipy_is_fastest(values, y):
             from scipy import sparse
 
@@ -770,6 +778,23 @@ def csr_product(indptr: Tensor, indices: Tensor, values: Tensor, y: Tensor) -> T
             return torch.from_numpy(rows @ y.numpy())
         matrix = torch.sparse_csr_tensor(indptr, indices, values, shape, check_invariants=False)
         return matrix @ y
+
+
+@functools.cache
+def _edges() -> Any:
+    """The compiled products, or None where numba is not installed."""
+    try:
+        from graphdiff.operators import edges
+    except ImportError:
+        return None
+    return edges
+
+
+def _compiled_product(values: Tensor, y: Tensor) -> bool:
+    """Whether it is worth it, and there: for y [N, K] in float64 with K > 1."""
+    known = y.device.type == "cpu" and values.dtype == y.dtype == torch.float64
+    enough = y.shape[1] > 1 and len(values) * y.shape[1] >= MANY
+    return known and enough and _edges() is not None
 
 
 def _scipy_is_fastest(values: Tensor, y: Tensor) -> bool:

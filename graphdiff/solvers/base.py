@@ -33,6 +33,8 @@ MAX_REFINEMENTS = 6
 NEAR = 4.0
 # How many nodes beside each other make a long row.
 FOLDED = 32
+# From so many nodes on, whatever the signals, compiled passes over vectors are looked for.
+LONG = 2**14
 # Channels solved at a time: as many as fit with their numbers into this, and no fewer than these.
 CACHED, FEWEST = 2**18, {torch.float32: 32, torch.float64: 8}
 # Numbers of a vector of all signals that several threads solve at a time, at most.
@@ -166,6 +168,7 @@ class Solver(ABC):
     def solve(self, state: Any, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """An x whose error bound is at most `target` [..., 1, K] where the arithmetic allows.
 
+        It is new, or one of the tensors given: nobody may write to it afterwards.
         Each right-hand side stops on its own, or when the limits say so. Runs without autograd, in the dtype
         of `rhs`.
         """
@@ -228,8 +231,32 @@ def norm_of(operator: Transition) -> Norm:
 
 def size(x: Tensor, norm: Norm, scratch: Tensor | None = None) -> Tensor:
     """‖x‖ over the nodes of each right-hand side, [..., 1, K]; `scratch`, like x, is written over."""
+    sizes = measured(x, x.new_ones(1, 1), norm)
+    if sizes is not None:
+        return sizes[2]
     magnitude = torch.abs(x, out=scratch)
     return magnitude.sum(-2, keepdim=True) if norm == "one" else extreme(torch.amax, magnitude)
+
+
+def measured(
+    b: Tensor, inverse: Tensor, norm: Norm, started: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+) -> Tensor | None:
+    """Of `evidence.measured`, for long vectors on the CPU where numba is installed and numbers are finite."""
+    long = b.device.type == "cpu" and b.dtype == torch.float64 and b.shape[-2] >= LONG
+    if not long or _compiled() is None:
+        return None
+    found: Tensor | None = _compiled().measured(b, inverse, norm == "one", started)
+    return found
+
+
+@functools.cache
+def _compiled() -> Any:
+    """The compiled passes over vectors, or None where numba is not installed."""
+    try:
+        from graphdiff.solvers import evidence
+    except ImportError:
+        return None
+    return evidence
 
 
 def extreme(found: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -529,12 +556,18 @@ class _Best:
         room: Room,
     ) -> None:
         self.operator, self.mu, self.rhs, self.norm = operator, mu, rhs, norm_of(operator)
-        self.x, self.residual = rhs.new_zeros(()).expand_as(rhs), rhs
+        self.nothing = rhs.new_zeros(()).expand_as(rhs)
+        self.x, self.residual = self.nothing, rhs
         self.room, self.scratch = room, room.scratch
         self.remaining = remaining_of(operator, mu)
         self.least = self.remaining.amin(-2, keepdim=True)
-        self.initial, self.rhs_size = initial, size(rhs, self.norm, self.scratch)
-        low, high = self._interval(rhs, self.rhs_size)
+        self.inverse = 1 / self.remaining
+        self.initial = initial
+        found = measured(rhs, self.inverse, self.norm)
+        if found is None:
+            low, high, self.rhs_size = *self._interval(rhs), size(rhs, self.norm, self.scratch)
+        else:
+            low, high, self.rhs_size = self._told(found)
         extra = self._arithmetic(low, high)
         self.rounding = _interval_norm(-extra, extra, self.norm)
         low, high = low - extra, high + extra
@@ -553,7 +586,11 @@ class _Best:
         return size(self.initial, self.norm, self.scratch)
 
     def moved(self, step: Tensor) -> Tensor:
-        """x and a step more."""
+        """x and a step more; from x = 0 the step itself, unless others have its memory too."""
+        others = {x.untyped_storage().data_ptr() for x in (self.rhs, self.initial)}
+        its_own = step.is_contiguous() and step.untyped_storage().data_ptr() not in others
+        if self.x is self.nothing and its_own and step.dtype == self.rhs.dtype:
+            return step
         return torch.add(self.x, step, out=None if self.x is self.room.x else self.room.x)
 
     def judge(self, candidate: Tensor, asked: Tensor, precision: torch.dtype) -> None:
@@ -621,26 +658,36 @@ class _Best:
         into, same = self.room.residual, dtype == rhs.dtype
         if self.residual is into:
             into = torch.empty_like(into)
-        narrow = torch.addcmul(rhs.to(dtype), self.mu.to(dtype), walked, out=into if same else None).sub_(y)
-        residual = narrow if same else into.copy_(narrow)
-        low, high = self._interval(residual)
-        extra = self.slack(operator, size(x, self.norm, self.scratch))
-        return residual, low, high, extra + self._arithmetic(low, high)
+        found = measured(rhs, self.inverse, self.norm, (self.mu, walked, x, into)) if same else None
+        if found is None:
+            out = into if same else None
+            narrow = torch.addcmul(rhs.to(dtype), self.mu.to(dtype), walked, out=out).sub_(y)
+            _ = narrow if same else into.copy_(narrow)
+            low, high, x_size = *self._interval(into), size(x, self.norm, self.scratch)
+        else:
+            low, high, x_size = self._told(found)
+        extra = self.slack(operator, x_size)
+        return into, low, high, extra + self._arithmetic(low, high)
 
-    def _interval(self, residual: Tensor, magnitude: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Bounds of the entries of x* − x, both [..., 1, K]; in the 1-norm, masses below and above 0.
-
-        `magnitude` is the residual's size where that is known.
-        """
+    def _told(self, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The interval and the size that `measured` found."""
+        up, down, magnitude = found
         if self.norm == "inf":
-            q = torch.div(residual, self.remaining, out=self.scratch)
+            return -down, up, magnitude
+        return *self._masses(up, down), magnitude
+
+    def _interval(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds of the entries of x* − x, both [..., 1, K]; in the 1-norm, masses below and above 0."""
+        if self.norm == "inf":
+            q = torch.mul(residual, self.inverse, out=self.scratch)
             return extreme(torch.amin, q), extreme(torch.amax, q)
+        return self._masses(residual.sum(-2, keepdim=True), size(residual, "one", self.scratch))
+
+    def _masses(self, mass: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
         # From their sum and their difference, in fewer passes than one by one. No rounding makes the sum
         # larger than that of magnitudes, which is added up in the same order.
-        mass, twice = residual.sum(-2, keepdim=True), 2 * self.remaining
-        if magnitude is None:
-            magnitude = size(residual, "one", self.scratch)
-        return (mass - magnitude) / twice, (mass + magnitude) / twice
+        half = 0.5 * self.inverse
+        return (mass - magnitude) * half, (mass + magnitude) * half
 
     def slack(self, operator: Transition, x_size: Tensor) -> Tensor:
         """What rounding in the operator's dtype adds to the bound of an answer of that size, [..., 1, K]."""

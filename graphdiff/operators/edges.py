@@ -1,0 +1,102 @@
+"""P y and Pᵀ v of a walk held as its edges, in float64, for several signals, compiled.
+
+Libraries add each edge's share to sums in memory. Here the sums of a row, for up to 32 signals beside each
+other, stand in registers while its edges pass by; for the transpose its signals do, and the sums are in
+memory. They are added edge after edge all the same, in scipy's order, so that they have its bits.
+
+This file is read where numba is installed, and compiled when it is first used.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from numba import uint64
+from torch import Tensor
+
+from graphdiff.memory import empty
+from graphdiff.operators.compiled import compiled
+from graphdiff.operators.threads import in_team, shared, taken, worthwhile
+from graphdiff.solvers.sweeps import ahead, load, store, zeros
+
+# Signals beside each other: for each of these numbers code is compiled once.
+WIDTHS = 32, 28, 24, 20, 16, 12, 8, 4, 3, 2, 1
+# So many edges ahead a row is asked for: rows lie anywhere in memory. Numbers in a line of the cache.
+SOON, LINE = 32, 8
+# Rows that a thread takes at a time.
+TAKEN = 256
+
+
+@compiled(inline="always")
+def _ask(x: Any, row: int, first: int, lanes: Any) -> None:
+    """For columns of a row of x from the `first` on, where they are more than half a line."""
+    if len(lanes) <= LINE // 2:
+        return
+    place = row * uint64(x.shape[1]) + uint64(first)
+    for line in range(uint64(0), uint64(len(lanes)), uint64(LINE)):
+        ahead(x, place + line)
+
+
+@compiled
+def _product(
+    starts: Any, nodes: Any, values: Any, y: Any, found: Any, first: int, lanes: Any, counter: Any
+) -> None:
+    """Columns of P y from the `first` on; of its rows those that nobody else has taken."""
+    signals, into = y[:, first : first + len(lanes)], found[:, first : first + len(lanes)]
+    count, some, last = uint64(len(starts) - 1), uint64(TAKEN), uint64(len(nodes) - 1)
+    begin = some * uint64(taken(counter))
+    while begin < count:
+        for i in range(begin, min(begin + some, count)):
+            total = zeros(lanes)
+            for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
+                _ask(y, uint64(nodes[min(e + uint64(SOON), last)]), first, lanes)
+                total = total + load(signals, uint64(nodes[e]), lanes) * values[e]
+            store(into, i, total)
+        begin = some * uint64(taken(counter))
+
+
+@compiled
+def _product_by_team(address: int, threads: int, arguments: Any) -> Any:
+    return in_team(address, threads, _product, arguments)
+
+
+@compiled
+def _transposed(starts: Any, nodes: Any, values: Any, v: Any, found: Any, first: int, lanes: Any) -> None:
+    """Columns of Pᵀ v from the `first` on."""
+    signals, into = v[:, first : first + len(lanes)], found[:, first : first + len(lanes)]
+    nothing, last = zeros(lanes), uint64(len(nodes) - 1)
+    for j in range(uint64(len(into))):
+        store(into, j, nothing)
+    for i in range(uint64(len(signals))):
+        leaving = load(signals, i, lanes)
+        for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
+            j = uint64(nodes[e])
+            _ask(found, uint64(nodes[min(e + uint64(SOON), last)]), first, lanes)
+            store(into, j, load(into, j, lanes) + leaving * values[e])
+
+
+def columns(channels: int) -> Iterator[tuple[int, Any]]:
+    """Where so many columns are parted, and as many zeros as there are from there on to the next."""
+    first = 0
+    while first < channels:
+        width = next(width for width in WIDTHS if width <= channels - first)
+        yield first, (0,) * width
+        first += width
+
+
+def product(starts: Tensor, nodes: Tensor, values: Tensor, y: Tensor) -> Tensor:
+    """P y [rows, K] for y [M, K], by torch's threads; P in compressed rows."""
+    found = empty((len(starts) - 1, y.shape[1]), y)
+    arrays = [x.detach().contiguous().numpy() for x in (starts, nodes, values, y, found)]
+    for first, lanes in columns(y.shape[1]):
+        threads = worthwhile(len(values) * len(lanes))
+        shared(_product, _product_by_team, threads, *arrays, first, lanes)
+    return found
+
+
+def transposed(starts: Tensor, nodes: Tensor, values: Tensor, v: Tensor) -> Tensor:
+    """Pᵀ v [N, K] for v [N, K], by one thread; P [N, N] in compressed rows."""
+    found = empty(v.shape, v)
+    arrays = [x.detach().contiguous().numpy() for x in (starts, nodes, values, v, found)]
+    for first, lanes in columns(v.shape[1]):
+        _transposed(*arrays, first, lanes)
+    return found

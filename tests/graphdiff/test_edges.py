@@ -1,0 +1,156 @@
+"""Compiled products along edges, and evidence: bits of libraries, and bounds that no neighbour changes."""
+
+import functools
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import graphdiff as gd
+from graphdiff.operators import sparse, threads
+from graphdiff.solvers import base
+
+edges = pytest.importorskip(
+    "graphdiff.operators.edges", reason="numba, the extra [compiled], is absent", exc_type=ImportError
+)
+
+
+def walk(nodes, degree=4, seed=0, symmetric=True):
+    """On random edges with random weights, some of them loops."""
+    rng = np.random.default_rng(seed)
+    ends = rng.integers(nodes, size=(2, nodes * degree))
+    A = scipy.sparse.csr_array((rng.uniform(0.5, 2, nodes * degree), ends), shape=(nodes, nodes))
+    return gd.SparseTransition.from_scipy((A + A.T if symmetric else A).tocsr())
+
+
+def signals(nodes, channels, seed=1):
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=(nodes, channels)))
+
+
+@given(
+    nodes=st.integers(1, 60),
+    degree=st.integers(0, 5),
+    channels=st.sampled_from([1, 2, 5, 21, 33]),
+    number=st.sampled_from([torch.int32, torch.int64]),
+)
+def test_products_have_the_bits_of_scipys(nodes, degree, channels, number):
+    P, y = walk(nodes, degree, symmetric=False), signals(nodes, 2 * channels)[:, ::2]
+    rows = P.indptr.to(number), P.indices.to(number), P.values
+    matrix = P.to_scipy()
+    assert np.array_equal(edges.product(*rows, y), matrix @ y.numpy())
+    assert np.array_equal(edges.transposed(*rows, y), matrix.T @ y.numpy())
+
+
+@pytest.mark.parametrize(("count", "team"), [(1, True), (2, True), (3, False)])
+def test_a_walk_takes_them_and_no_threads_change_a_bit(count, team, monkeypatch):
+    P, y = walk(3000), signals(3000, 11)
+    expected = P.to_scipy() @ y.numpy(), P.to_scipy().T @ y.numpy()
+    asked = []
+    for name in ("product", "transposed"):
+        compiled = getattr(edges, name)
+        monkeypatch.setattr(edges, name, lambda *a, f=compiled: asked.append(1) or f(*a))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    if not team:
+        monkeypatch.setattr(threads, "team", lambda: 0)
+    assert np.array_equal(P @ y, expected[0])
+    assert np.array_equal(P.T @ y, expected[1])
+    assert len(asked) == 2
+
+
+def test_without_numba_products_have_the_same_bits(monkeypatch):
+    P, y = walk(3000), signals(3000, 11)
+    compiled = P @ y, P.T @ y
+    monkeypatch.setattr(sparse, "_edges", lambda: None)
+    assert torch.equal(P @ y, compiled[0])
+    assert torch.equal(P.T @ y, compiled[1])
+
+
+LONG = base.LONG
+
+
+@pytest.fixture(scope="module")
+def long():
+    return walk(LONG, 3)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("mu", [0.9, "per node", "per channel"])
+def test_evidence_is_what_it_is_without_numba(long, transposed, mu, monkeypatch):
+    P, s = long.T if transposed else long, signals(LONG, 5)
+    shape = {"per node": [LONG, 1], "per channel": [1, 5]}.get(mu)
+    if shape:
+        mu = 0.5 + 0.4 * torch.rand(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    asked, taken = [], base.measured
+
+    def counted(*arguments):
+        asked.append(taken(*arguments))
+        return asked[-1]
+
+    monkeypatch.setattr(base, "measured", counted)
+    found = gd.solve(P, s, mu, tol=1e-8, solver=gd.solvers.Chebyshev())
+    assert len(asked) >= 3
+    assert all(x is not None for x in asked)
+    monkeypatch.setattr(base, "_compiled", lambda: None)
+    plain = gd.solve(P, s, mu, tol=1e-8, solver=gd.solvers.Chebyshev())
+    assert torch.equal(found.steps, plain.steps)
+    assert (found.value - plain.value).abs().max() < 1e-12
+    for name in ("error_bound", "lower", "upper"):
+        torch.testing.assert_close(getattr(found, name), getattr(plain, name), rtol=1e-6, atol=1e-14)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_is_measured_depends_on_the_signal_alone(long, transposed):
+    P, s = long.T if transposed else long, signals(LONG, 6)
+    solve = functools.partial(gd.solve, P, tol=1e-8, solver=gd.solvers.CG())
+    together, fields = solve(s, 0.9), ("value", "lower", "upper", "error_bound", "steps")
+    for k in (0, 4):
+        for mu in (0.9, torch.tensor([[0.9]], dtype=torch.float64)):
+            alone = solve(s[:, k : k + 1], mu)
+            for name in fields:
+                assert torch.equal(getattr(alone, name)[..., 0], getattr(together, name)[..., k])
+    batch = solve(torch.stack([s, 3 * s]), torch.tensor([[[0.5]], [[0.9]]], dtype=torch.float64))
+    alone = solve(3 * s, 0.9)
+    for name in fields:
+        assert torch.equal(getattr(batch, name)[1], getattr(alone, name))
+
+
+@pytest.mark.parametrize("norm", ["inf", "one"])
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["b", "x", "walked"])
+def test_what_is_no_number_is_left_to_torch(norm, odd, where):
+    vectors = {name: signals(LONG, 3, seed) for seed, name in enumerate(("b", "walked", "x"))}
+    inverse = torch.full((LONG, 1), 2.0, dtype=torch.float64)
+    mu = torch.full((1, 1), 0.5, dtype=torch.float64)
+
+    def found():
+        into = torch.empty_like(vectors["b"])
+        return base.measured(vectors["b"], inverse, norm, (mu, vectors["walked"], vectors["x"], into)), into
+
+    sizes, residual = found()
+    expected = vectors["b"] + 0.5 * vectors["walked"] - vectors["x"]
+    torch.testing.assert_close(residual, expected)
+    if norm == "inf":
+        pair = 2 * expected.amax(0), -2 * expected.amin(0)
+    else:
+        pair = expected.sum(0), expected.abs().sum(0)
+    for measured, wanted in zip(sizes, (*pair, base.size(vectors["x"], norm)[0]), strict=True):
+        torch.testing.assert_close(measured[0], wanted)
+    vectors[where][5, 1] = odd
+    assert found()[0] is None
+    if where == "b":
+        assert not base.size(vectors["b"], norm).isfinite().all()
+
+
+def test_an_answer_never_lies_in_the_memory_of_what_was_given():
+    class Lazy(gd.solvers.Walk):
+        def solve(self, state, rhs, initial, target, limits):
+            zero = torch.zeros(rhs.shape[-1:], dtype=torch.int64)
+            return base.Iterate(initial, zero, zero)
+
+    P, s = walk(300), torch.ones(300, 1, dtype=torch.float64)
+    found = gd.solve(P, s, 0.9, solver=Lazy(), on_failure="ignore")
+    found.value.fill_(7)
+    assert (s == 1).all()
