@@ -6,6 +6,7 @@ than the solve. So pieces that were let go are kept for the next that asks, up t
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,30 +29,32 @@ class _Lent:
     def __init__(self, piece: Any) -> None:
         self.piece, self.__array_interface__ = piece, piece.__array_interface__
 
-    def __del__(self) -> None:
-        _keep(self.piece)
+    def __del__(self, finalizing: Any = sys.is_finalizing) -> None:
+        # When Python ends, what this needs may be gone.
+        if not finalizing():
+            _keep(self.__array_interface__["data"][0], self.piece)
 
 
-def _keep(piece: Any) -> None:
+def _keep(address: int, piece: Any) -> None:
     if piece.nbytes > KEPT:
         return
-    _kept[piece.ctypes.data] = piece
+    _kept[address] = piece
     pieces = list(_kept.items())
     total = sum(each.nbytes for _, each in pieces)
-    for address, each in pieces:
+    for place, each in pieces:
         if total <= KEPT:
             return
-        _kept.pop(address, None)
+        _kept.pop(place, None)
         total -= each.nbytes
 
 
 def lent(length: int) -> Any:
     """So many bytes, of any value, an array [length] that begins where a huge page does."""
     whole = -(-length // HUGE) * HUGE
-    fitting = [each for each in list(_kept.values()) if whole <= each.nbytes <= LARGER * whole]
-    found = min(fitting, key=lambda each: each.nbytes, default=None)
+    sizes = [(each.nbytes, address) for address, each in list(_kept.items())]
+    fitting = [each for each in sizes if whole <= each[0] <= LARGER * whole]
     # Another thread may have taken it.
-    piece = None if found is None else _kept.pop(found.ctypes.data, None)
+    piece = _kept.pop(min(fitting)[1], None) if fitting else None
     if piece is None:
         more = np.empty(whole + HUGE, np.uint8)
         first = -more.ctypes.data % HUGE

@@ -1,6 +1,8 @@
 """Memory used again: never by two at a time, and not without end."""
 
 import gc
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -98,3 +100,10 @@ def test_threads_share_nothing():
         thread.join()
     assert not failures
     assert all(isinstance(piece, np.ndarray) for piece in memory._kept.values())
+
+
+def test_an_ending_python_says_nothing():
+    script = "import torch; from graphdiff.memory import empty, lent; "
+    script += "kept = [lent(2**23) for _ in range(3)]; x = empty([2**20, 2], torch.zeros(1)); kept.append(kept)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
