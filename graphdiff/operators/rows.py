@@ -7,13 +7,22 @@ where numba is not installed. This file is read where it is, and compiled when i
 from typing import Any
 
 import numpy as np
-from numba import uint64
+from llvmlite import ir
+from numba import types, uint64
+from numba.core.cgutils import get_or_insert_function
+from numba.extending import intrinsic
 
 from graphdiff.memory import HUGE, lent
 from graphdiff.operators.compiled import compiled
 
 # Colours counted apart; nodes beyond them share the last, which costs speed and no more.
 COLOURS = 256
+# The bits of a word are colours below `OWN`, the node itself, and all other colours or none yet.
+OWN, OTHER = 62, 63
+# So many rows ahead a row is asked for that lies anywhere in memory.
+SOON = 12
+# Equal numbers that are written at once.
+AT_ONCE = 16
 # Bytes of a cache line, where each array of a block begins.
 LINE = 64
 
@@ -33,6 +42,65 @@ def block(*parts: tuple[int, Any]) -> list[Any]:
     return arrays
 
 
+@compiled
+def _copied(starts: Any, nodes: Any, begins: Any, into: Any) -> bool:
+    """Whether every row has an edge, and every edge a node; if so, `begins` and `into` are copies of both."""
+    count, edges = uint64(len(starts) - 1), uint64(len(nodes))
+    if starts[0] != 0 or starts[count] != len(nodes):
+        return False
+    rising = True
+    for i in range(count):
+        rising &= starts[i] < starts[i + uint64(1)]
+        begins[i] = starts[i]
+    begins[count] = starts[count]
+    # A negative one is the largest of all.
+    largest = uint64(0)
+    for e in range(edges):
+        largest = max(largest, uint64(nodes[e]))
+        into[e] = nodes[e]
+    return rising and largest < count
+
+
+@compiled(error_model="numpy")
+def _shared(begins: Any, weight: float, values: Any, sums: Any, degree: Any) -> None:
+    """What `normalised` finds where all edges have one weight: rows of one length are alike."""
+    count, edges = uint64(len(begins) - 1), uint64(len(values))
+    longest = uint64(0)
+    for i in range(count):
+        longest = max(longest, uint64(begins[i + uint64(1)]) - uint64(begins[i]))
+    # By length.
+    total, share = np.zeros(longest + 1), np.zeros(longest + 1, values.dtype)
+    for length in range(longest):
+        total[length + uint64(1)] = total[length] + weight
+    for i in range(count):
+        e, last = uint64(begins[i]), uint64(begins[i + uint64(1)])
+        length = last - e
+        if share[length] == 0:
+            share[length] = weight / total[length]
+        value = share[length]
+        # A bit more than the row, which the next one writes over: most rows end without a surprise.
+        while e < last and e + uint64(AT_ONCE) <= edges:
+            for k in range(uint64(AT_ONCE)):
+                values[e + k] = value
+            e += uint64(AT_ONCE)
+        for k in range(e, last):
+            values[k] = value
+    # Sums edge after edge, those of all lengths beside each other.
+    lengths = np.flatnonzero(share)[::-1].astype(np.uint64)
+    each, so_far, left = share[lengths].astype(np.float64), np.zeros(len(lengths)), uint64(len(lengths))
+    for added in range(longest):
+        while lengths[left - uint64(1)] <= added:
+            left -= uint64(1)
+        for k in range(left):
+            so_far[k] += each[k]
+    summed = np.zeros(longest + 1)
+    for k in range(uint64(len(lengths))):
+        summed[lengths[k]] = so_far[k]
+    for i in range(count):
+        length = uint64(begins[i + uint64(1)]) - uint64(begins[i])
+        degree[i], sums[i] = total[length], summed[length]
+
+
 @compiled(error_model="numpy")
 def normalised(
     starts: Any,
@@ -44,40 +112,45 @@ def normalised(
     values: Any,
     sums: Any,
     degree: Any,
-) -> bool:
+) -> tuple[bool, bool]:
     """Whether every row has an edge, every edge a node, and every weight lies between the `ordinary` ones.
 
     If so, `begins` and `into` are copies of `starts` [N + 1] and `nodes` [edges], `degree` [N] is a row's sum
     of weights, `values` [edges] the weights divided by it, and `sums` [N] a row's sum of those.
+
+    And whether all weights are the same.
     """
-    count, edges = uint64(len(starts) - 1), uint64(len(nodes))
     least, most = ordinary
-    if starts[0] != 0 or starts[count] != len(nodes):
-        return False
-    begins[0] = 0
-    for i in range(count):
-        first, last = uint64(starts[i]), uint64(starts[i + uint64(1)])
-        if not first < last <= edges:
-            return False
+    if not _copied(starts, nodes, begins, into):
+        return False, False
+    alike = True
+    for e in range(uint64(len(weights))):
+        alike &= weights[e] == weights[0]
+    if alike:
+        if not least < weights[0] < most:
+            return False, True
+        _shared(begins, weights[0], values, sums, degree)
+        return True, True
+    for i in range(uint64(len(begins) - 1)):
+        first, last = uint64(begins[i]), uint64(begins[i + uint64(1)])
         total, summed = 0.0, 0.0
         for e in range(first, last):
-            if not least < weights[e] < most or uint64(nodes[e]) >= count:
-                return False
-            into[e] = nodes[e]
+            if not least < weights[e] < most:
+                return False, False
             total += weights[e]
         for e in range(first, last):
             values[e] = weights[e] / total
             summed += values[e]
-        begins[i + uint64(1)], degree[i], sums[i] = last, total, summed
-    return True
+        degree[i], sums[i] = total, summed
+    return True, False
 
 
 @compiled
 def symmetric(starts: Any, nodes: Any, weights: Any) -> bool:
     """Whether every edge has a mirror image of the very same weight, for rows in the order of their nodes.
 
-    The mirror images of the edges out of nodes 0, 1, ... stand in each row in this order too, so one place a
-    row tells which comes next.
+    Without weights, None, whether it has one. The mirror images of the edges out of nodes 0, 1, ... stand in
+    each row in this order too, so one place a row tells which comes next.
     """
     count, edges = uint64(len(starts) - 1), uint64(len(nodes))
     place = starts[:-1].copy()
@@ -91,24 +164,92 @@ def symmetric(starts: Any, nodes: Any, weights: Any) -> bool:
                 return False
             if j > i:
                 mirror = uint64(place[j])
-                if mirror >= edges or uint64(nodes[mirror]) != i or weights[mirror] != weights[e]:
+                if mirror >= edges or uint64(nodes[mirror]) != i:
+                    return False
+                if weights is not None and weights[mirror] != weights[e]:
                     return False
                 place[j] = mirror + uint64(1)
     return True
 
 
+@intrinsic
+def asked(typing: Any, x: Any, place: Any) -> Any:
+    """Ask for the line of an array where a number stands that is read soon."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        data = context.make_array(x)(context, builder, args[0]).data
+        line = builder.bitcast(builder.gep(data, [args[1]]), byte)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        to_read, into_all_caches, of_data = number(0), number(3), number(1)
+        called = get_or_insert_function(builder.module, kind, "llvm.prefetch")
+        builder.call(called, [line, to_read, into_all_caches, of_data])
+        return context.get_dummy_value()
+
+    return types.none(x, place), code
+
+
+@intrinsic
+def _lowest(typing: Any, bits: Any) -> Any:
+    """The number of the lowest bit that is set; one must be."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), code
+
+
 @compiled
-def _sorted(order: Any, key: Any, keys: int) -> Any:
-    """The nodes of an order by their keys below `keys`, those of one key in the order they stand in."""
-    place, found = np.zeros(keys + 1, np.int64), np.empty(len(order), np.uint32)
-    for a in range(uint64(len(order))):
-        place[uint64(key[uint64(order[a])]) + uint64(1)] += 1
-    place = np.cumsum(place)
-    for a in range(uint64(len(order))):
-        k = uint64(key[uint64(order[a])])
-        found[uint64(place[k])] = order[a]
-        place[k] += 1
-    return found
+def _by_degree(starts: Any) -> tuple[Any, Any]:
+    """The nodes with the largest degrees first, those of one degree as they stand; and the largest."""
+    count, longest = uint64(len(starts) - 1), uint64(0)
+    for i in range(count):
+        longest = max(longest, uint64(starts[i + uint64(1)]) - uint64(starts[i]))
+    place, found = np.zeros(longest + 2, np.uint32), np.empty(count, np.uint32)
+    for i in range(count):
+        place[longest + uint64(1) + uint64(starts[i]) - uint64(starts[i + uint64(1)])] += np.uint32(1)
+    for shorter in range(longest):
+        place[shorter + uint64(1)] += place[shorter]
+    for i in range(count):
+        shorter = longest + uint64(starts[i]) - uint64(starts[i + uint64(1)])
+        found[uint64(place[shorter])] = i
+        place[shorter] += np.uint32(1)
+    return found, longest
+
+
+@compiled
+def _coloured(starts: Any, nodes: Any, order: Any) -> tuple[Any, Any, bool]:
+    """Each node's colour, uint8 [N]: the first that none of its neighbours before it in the order has.
+
+    And how many have each; and whether a node has a loop.
+    """
+    count, last = uint64(len(order)), uint64(len(order)) - uint64(1)
+    bit, colour = np.full(count, OTHER, np.uint8), np.full(count, COLOURS - 1, np.uint8)
+    numbers, taken = np.zeros(COLOURS, np.uint32), np.empty(COLOURS, np.bool_)
+    seen, own, other = uint64(0), uint64(1) << uint64(OWN), uint64(1) << uint64(OTHER)
+    for a in range(count):
+        i = uint64(order[a])
+        asked(nodes, uint64(starts[uint64(order[min(a + uint64(SOON), last)])]))
+        bit[i] = OWN
+        bits = other
+        for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
+            bits |= uint64(1) << (uint64(bit[uint64(nodes[e])]) & uint64(63))
+        seen |= bits
+        bits |= own
+        if ~bits != uint64(0):
+            found = _lowest(~bits)
+            bit[i] = found
+        else:
+            taken[:] = False
+            for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
+                taken[uint64(colour[uint64(nodes[e])])] = True
+            found = uint64(0)
+            while found < uint64(COLOURS - 1) and taken[found]:
+                found += uint64(1)
+            bit[i] = found if found < uint64(OWN) else uint64(OTHER)
+        colour[i] = found
+        numbers[found] += np.uint32(1)
+    return colour, numbers, seen & own != uint64(0)
 
 
 @compiled
@@ -121,29 +262,41 @@ def ordered(starts: Any, nodes: Any) -> Any:
     triangles follow each other, so that its branches are foreseen, which is worth up to half of its time; and
     the hubs, which all others read, lie together.
     """
-    count, none = uint64(len(starts) - 1), uint64(COLOURS)
-    # How much shorter than the longest row.
-    longest, shorter = uint64(0), np.empty(count, np.uint32)
-    for i in range(count):
-        longest = max(longest, uint64(starts[i + uint64(1)]) - uint64(starts[i]))
-    for i in range(count):
-        shorter[i] = longest - (uint64(starts[i + uint64(1)]) - uint64(starts[i]))
-    natural = np.arange(len(shorter)).astype(np.uint32)
-
-    colour = np.full(count, none, np.uint16)
-    taken, looped = np.full(COLOURS + 1, count, np.uint64), False
-    for i in _sorted(natural, shorter, longest + 1):
-        for e in range(uint64(starts[uint64(i)]), uint64(starts[uint64(i) + uint64(1)])):
-            looped |= uint64(nodes[e]) == uint64(i)
-            taken[uint64(colour[uint64(nodes[e])])] = i
-        found = uint64(0)
-        while found < none - uint64(1) and taken[found] == i:
-            found += uint64(1)
-        colour[uint64(i)] = found
-
-    ahead = np.zeros(count, np.uint32)
-    for i in range(count):
-        for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
-            ahead[i] += colour[uint64(nodes[e])] >= colour[i]
-    order = _sorted(_sorted(natural, ahead, longest + 1), shorter, longest + 1)
-    return _sorted(order, colour, COLOURS), looped
+    order, longest = _by_degree(starts)
+    colour, numbers, looped = _coloured(starts, nodes, order)
+    count, last = uint64(len(order)), uint64(len(order)) - uint64(1)
+    # Those of one degree by their edges ahead, to later colours; `place` is 0 before and after.
+    ahead, place = np.empty(count, np.uint32), np.zeros(longest + 2, np.uint32)
+    lined = np.empty(count, np.uint32)
+    first, a = uint64(0), uint64(0)
+    while first < count:
+        i = uint64(order[first])
+        degree = uint64(starts[i + uint64(1)]) - uint64(starts[i])
+        while a < count:
+            i = uint64(order[a])
+            asked(nodes, uint64(starts[uint64(order[min(a + uint64(SOON), last)])]))
+            begin, end = uint64(starts[i]), uint64(starts[i + uint64(1)])
+            if end - begin != degree:
+                break
+            later, own = uint64(0), colour[i]
+            for e in range(begin, end):
+                later += uint64(colour[uint64(nodes[e])] >= own)
+            ahead[a] = later
+            place[later + uint64(1)] += np.uint32(1)
+            a += uint64(1)
+        place[0] = first
+        for k in range(degree):
+            place[k + uint64(1)] += place[k]
+        for b in range(first, a):
+            k = uint64(ahead[b])
+            lined[uint64(place[k])] = order[b]
+            place[k] += np.uint32(1)
+        for k in range(degree + uint64(2)):
+            place[k] = 0
+        first = a
+    places = np.cumsum(numbers) - numbers
+    for a in range(count):
+        k = uint64(colour[uint64(lined[a])])
+        order[uint64(places[k])] = lined[a]
+        places[k] += 1
+    return order, looped

@@ -926,10 +926,12 @@ def _compiled_walk(
     weight, value = np.ascontiguousarray(A.data, "f8"), "f4" if dtype == torch.float32 else "f8"
     found = _compiled().block((nodes + 1, number), (edges, number), (edges, value), (nodes, "f8"))
     degree = np.empty(nodes)
-    if not _compiled().normalised(A.indptr, A.indices, weight, ORDINARY, *found, degree):
+    fits, alike = _compiled().normalised(A.indptr, A.indices, weight, ORDINARY, *found, degree)
+    if not fits:
         return None
     indptr, indices, values, sums = found
-    symmetric = reversible is None and bool(_compiled().symmetric(indptr, indices, weight))
+    compared = None if alike else weight
+    symmetric = reversible is None and bool(_compiled().symmetric(indptr, indices, compared))
     log_degree = torch.from_numpy(degree).log().to(dtype) if symmetric or reversible else None
     walk = object.__new__(SparseTransition)
     tensors = (torch.from_numpy(x) for x in (indptr, indices, values))

@@ -1,6 +1,7 @@
 """Walks given by their edges, by an image or by a product: every constructor against the dense matrix."""
 
 import importlib.util
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -319,6 +320,26 @@ def test_walks_have_the_same_bits_with_numba_and_without(A, dtype, reversible):
     gd.SparseTransition(P.indptr, P.indices, P.values)  # every check that was left out
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.1, 1e-14, 0.7e15])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_weights_have_the_same_bits_with_numba_and_without(weight, dtype):
+    """Rows of all lengths up to 60 in any order, and of some that are longer."""
+    pytest.importorskip("graphdiff.operators.rows")
+    lengths = np.r_[np.arange(1, 61), np.arange(1, 61), 199, 997, 1000, 3]
+    W = (np.arange(1000) < np.random.default_rng(0).permutation(lengths)[:, None]) * weight
+    square = np.pad(W, ((0, 1000 - len(W)), (0, 0)))
+    square[len(W) :, 0] = weight
+    for A in (sp.csr_array(square), sp.csr_array(np.maximum(square, square.T))):
+        P = gd.SparseTransition.from_scipy(A, dtype=dtype)
+        plain = without_numba(lambda A=A: gd.SparseTransition.from_scipy(A, dtype=dtype))
+        assert P.reversible == plain.reversible == ((A != A.T).nnz == 0)
+        assert torch.equal(P.indptr, plain.indptr)
+        assert torch.equal(P.indices, plain.indices)
+        assert torch.equal(P.values, plain.values)
+        assert torch.equal(P.row_sums, plain.row_sums)
+        assert not P.reversible or torch.equal(P.log_degree, plain.log_degree)
+
+
 def test_a_small_walk_does_not_wait_for_numba_and_a_large_one_does_not_do_without():
     script = f"""
         import sys
@@ -358,6 +379,7 @@ def test_symmetry_is_that_of_the_dense_matrix(nodes, edges):
     for i, j, w in [*edges[:1], (0, 0, 0)]:
         A = sp.csr_array(W)
         assert rows.symmetric(A.indptr, A.indices, A.data) == np.array_equal(W, W.T)
+        assert rows.symmetric(A.indptr, A.indices, None) == np.array_equal(W > 0, W.T > 0)
         turned = A.indptr, A.indices[::-1].copy(), A.data[::-1].copy()
         if rows.symmetric(*turned):
             dense = sp.csr_array((turned[2], turned[1], turned[0]), A.shape).toarray()
@@ -378,6 +400,54 @@ def test_an_edge_into_a_last_row_that_is_used_up_has_no_mirror_image_behind_all_
     # What lies behind them looks like one.
     nodes, weights = np.append(A.indices, 1), np.append(A.data, 1.0)
     assert not rows.symmetric(A.indptr, nodes[:-1], weights[:-1])
+
+
+def order_of(A):
+    """The order to sweep in, by sorting."""
+    neighbours = [A.indices[a:b].tolist() for a, b in itertools.pairwise(A.indptr)]
+    nodes, colour = range(A.shape[0]), {}
+    for i in sorted(nodes, key=lambda i: -len(neighbours[i])):
+        taken = {colour[j] for j in neighbours[i] if j in colour}
+        # Those beyond the last share it.
+        colour[i] = next((c for c in range(255) if c not in taken), 255)
+    ahead = [sum(colour[j] >= colour[i] for j in neighbours[i]) for i in nodes]
+    return sorted(nodes, key=lambda i: (colour[i], -len(neighbours[i]), ahead[i]))
+
+
+@st.composite
+def sparse_or_crowded(draw):
+    """Directed or not, with loops and empty rows; some with more colours than a word has bits."""
+    nodes = draw(st.sampled_from([1, 2, 5, 20, 80, 300]))
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    # Some crowds in which all know each other, but for a few.
+    crowd = random.integers(0, draw(st.integers(1, 40)), nodes)
+    W = random.random((nodes, nodes)) < draw(st.sampled_from([0.0, 0.02, 0.3]))
+    W |= (crowd[:, None] == crowd) & (random.random((nodes, nodes)) < draw(st.sampled_from([0.5, 1.0])))
+    if draw(st.booleans()):
+        np.fill_diagonal(W, False)
+    if draw(st.booleans()):
+        W[random.random(nodes) < 0.2] = False
+    return sp.csr_array(W | W.T if draw(st.booleans()) else W)
+
+
+@given(sparse_or_crowded(), st.sampled_from(["i4", "i8"]))
+def test_the_order_to_sweep_in_is_by_colour_degree_and_edges_ahead(A, integers):
+    rows = pytest.importorskip("graphdiff.operators.rows")
+    order, looped = rows.ordered(A.indptr.astype(integers), A.indices.astype(integers))
+    assert order.dtype == np.uint32
+    assert order.tolist() == order_of(A)
+    assert looped == A.diagonal().any()
+
+
+@pytest.mark.parametrize("nodes", [61, 62, 63, 64, 255, 256, 257, 300])
+def test_an_order_of_as_many_colours_as_nodes_or_as_there_are(nodes):
+    rows = pytest.importorskip("graphdiff.operators.rows")
+    A = sp.csr_array(1 - np.eye(nodes))
+    A.data[5] = 0
+    A.eliminate_zeros()
+    order, looped = rows.ordered(A.indptr, A.indices)
+    assert order.tolist() == order_of(A)
+    assert not looped
 
 
 def test_an_order_to_sweep_in_is_found_once_for_all_walks_along_the_same_edges():
