@@ -919,30 +919,30 @@ def _compiled_walk(
     on_cpu = torch.device(device or "cpu").type == "cpu"
     if not on_cpu or dtype not in (torch.float32, torch.float64) or not _in_rows(A):
         return None
-    nodes, edges = A.shape[0], len(A.indices)
-    if not _worth_compiling(edges):
+    nodes, count = A.shape[0], len(A.indices)
+    if not _worth_compiling(count):
         return None
-    number = "i4" if max(nodes, edges) < 2**31 else "i8"
+    number = "i4" if max(nodes, count) < 2**31 else "i8"
     weight, value = np.ascontiguousarray(A.data, "f8"), "f4" if dtype == torch.float32 else "f8"
-    found = _compiled().block((nodes + 1, number), (edges, number), (edges, value), (nodes, "f8"))
+    found = _compiled().block((nodes + 1, number), (count, number), (count, value), (nodes, "f8"))
     degree = np.empty(nodes)
     fits, alike = _compiled().normalised(A.indptr, A.indices, weight, ORDINARY, *found, degree)
     if not fits:
         return None
-    indptr, indices, values, sums = found
+    indptr, indices, _, sums = found
     compared = None if alike else weight
     symmetric = reversible is None and bool(_compiled().symmetric(indptr, indices, compared))
     log_degree = torch.from_numpy(degree).log().to(dtype) if symmetric or reversible else None
     walk = object.__new__(SparseTransition)
-    tensors = (torch.from_numpy(x) for x in (indptr, indices, values))
-    walk.__dict__.update(zip(("indptr", "indices", "values"), tensors, strict=True))
-    walk.__dict__.update(log_degree=log_degree, dangling=None, jump=None)
+    edges = dict(zip(("indptr", "indices", "values"), map(torch.from_numpy, found[:3]), strict=True))
+    walk.__dict__.update(edges, log_degree=log_degree, dangling=None, jump=None)
     walk.__dict__["_edge_sums"] = torch.from_numpy(sums).unsqueeze(-1)
     walk._pattern.symmetric = symmetric
     if type(A) is sparse.csr_array:
         # As in `to_scipy`: another object than A, of other arrays, which need no check.
         matrix = copy.copy(A)
-        matrix.data, matrix.indices, matrix.indptr = values, indices, indptr
+        # Scipy copies for every transpose what it takes for a small part of a larger array: not torch's.
+        matrix.indptr, matrix.indices, matrix.data = (x.numpy() for x in edges.values())
         walk.__dict__["_matrix"] = matrix
     return walk
 

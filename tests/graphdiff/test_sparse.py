@@ -310,6 +310,7 @@ def test_walks_have_the_same_bits_with_numba_and_without(A, dtype, reversible):
     assert matrix.dtype == expected.dtype
     assert (matrix.todense() == expected.todense()).all()
     assert (P._transposed_matrix.todense() == expected.todense().T).all()
+    assert np.shares_memory(P._transposed_matrix.data, matrix.data)
     assert not any(np.shares_memory(getattr(matrix, x), getattr(A, x)) for x in ("data", "indices", "indptr"))
     if reversible is None:
         W = torch.from_numpy(A.astype("f8").toarray())
