@@ -57,7 +57,7 @@ def same_device(x: Tensor, name: str, device: torch.device, owner: str) -> None:
 def finite(x: Tensor, name: str) -> None:
     """`x` holds neither nan nor infinity."""
     # What is not finite makes the sum so, which is a tenth of the work; huge numbers may do that too.
-    if not bool(torch.isfinite(x.detach().sum())) and not bool(torch.isfinite(x).all()):
+    if not math.isfinite(float(x.detach().sum())) and not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(f"{name}: expected finite values, got {bad} that are nan or infinite of {x.numel()}")
 
@@ -208,8 +208,10 @@ def mus(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
 
 
 def _below_one(mu: Tensor, name: str) -> None:
-    if not bool(((mu >= 0) & (mu < 1)).all()):
-        low, high = (float(end) for end in mu.detach().aminmax())
+    if mu.numel() == 0:
+        return
+    low, high = (float(end) for end in mu.detach().aminmax())
+    if not 0 <= low <= high < 1:
         raise ValueError(
             f"{name}: expected 0 ≤ µ < 1, got values from {low:.6g} to {high:.6g}; "
             "at µ = 1 the system is singular"

@@ -43,14 +43,18 @@ def block(*parts: tuple[int, Any]) -> list[Any]:
 
 
 @compiled
-def _copied(starts: Any, nodes: Any, begins: Any, into: Any) -> bool:
-    """Whether every row has an edge, and every edge a node; if so, `begins` and `into` are copies of both."""
+def _copied(starts: Any, nodes: Any, begins: Any, into: Any) -> int:
+    """How many edges the longest row has, if every row has one, and every edge a node; else 0.
+
+    `begins` and `into` become copies of both.
+    """
     count, edges = uint64(len(starts) - 1), uint64(len(nodes))
     if starts[0] != 0 or starts[count] != len(nodes):
-        return False
-    rising = True
+        return 0
+    longest, rising = 0, True
     for i in range(count):
-        rising &= starts[i] < starts[i + uint64(1)]
+        length = starts[i + uint64(1)] - starts[i]
+        longest, rising = max(longest, length), rising & (length > 0)
         begins[i] = starts[i]
     begins[count] = starts[count]
     # A negative one is the largest of all.
@@ -58,20 +62,17 @@ def _copied(starts: Any, nodes: Any, begins: Any, into: Any) -> bool:
     for e in range(edges):
         largest = max(largest, uint64(nodes[e]))
         into[e] = nodes[e]
-    return rising and largest < count
+    return longest if rising and largest < count else 0
 
 
 @compiled(error_model="numpy")
-def _shared(begins: Any, weight: float, values: Any, sums: Any, degree: Any) -> None:
+def _shared(begins: Any, weight: float, longest: int, values: Any, sums: Any, degree: Any) -> None:
     """What `normalised` finds where all edges have one weight: rows of one length are alike."""
     count, edges = uint64(len(begins) - 1), uint64(len(values))
-    longest = uint64(0)
-    for i in range(count):
-        longest = max(longest, uint64(begins[i + uint64(1)]) - uint64(begins[i]))
     # By length.
     total, share = np.zeros(longest + 1), np.zeros(longest + 1, values.dtype)
-    for length in range(longest):
-        total[length + uint64(1)] = total[length] + weight
+    for added in range(uint64(longest)):
+        total[added + uint64(1)] = total[added] + weight
     for i in range(count):
         e, last = uint64(begins[i]), uint64(begins[i + uint64(1)])
         length = last - e
@@ -88,7 +89,7 @@ def _shared(begins: Any, weight: float, values: Any, sums: Any, degree: Any) -> 
     # Sums edge after edge, those of all lengths beside each other.
     lengths = np.flatnonzero(share)[::-1].astype(np.uint64)
     each, so_far, left = share[lengths].astype(np.float64), np.zeros(len(lengths)), uint64(len(lengths))
-    for added in range(longest):
+    for added in range(uint64(longest)):
         while lengths[left - uint64(1)] <= added:
             left -= uint64(1)
         for k in range(left):
@@ -112,37 +113,37 @@ def normalised(
     values: Any,
     sums: Any,
     degree: Any,
-) -> tuple[bool, bool]:
-    """Whether every row has an edge, every edge a node, and every weight lies between the `ordinary` ones.
+) -> tuple[int, bool]:
+    """How many edges the longest row has, and whether all weights are the same.
 
-    If so, `begins` and `into` are copies of `starts` [N + 1] and `nodes` [edges], `degree` [N] is a row's sum
+    0 unless every row has an edge, every edge a node, and every weight lies between the `ordinary` ones. Then
+    `begins` and `into` are copies of `starts` [N + 1] and `nodes` [edges], `degree` [N] is a row's sum
     of weights, `values` [edges] the weights divided by it, and `sums` [N] a row's sum of those.
-
-    And whether all weights are the same.
     """
     least, most = ordinary
-    if not _copied(starts, nodes, begins, into):
-        return False, False
+    longest = _copied(starts, nodes, begins, into)
+    if longest == 0:
+        return 0, False
     alike = True
     for e in range(uint64(len(weights))):
         alike &= weights[e] == weights[0]
     if alike:
         if not least < weights[0] < most:
-            return False, True
-        _shared(begins, weights[0], values, sums, degree)
-        return True, True
+            return 0, True
+        _shared(begins, weights[0], longest, values, sums, degree)
+        return longest, True
     for i in range(uint64(len(begins) - 1)):
         first, last = uint64(begins[i]), uint64(begins[i + uint64(1)])
         total, summed = 0.0, 0.0
         for e in range(first, last):
             if not least < weights[e] < most:
-                return False, False
+                return 0, False
             total += weights[e]
         for e in range(first, last):
             values[e] = weights[e] / total
             summed += values[e]
         degree[i], sums[i] = total, summed
-    return True, False
+    return longest, False
 
 
 @compiled

@@ -10,7 +10,6 @@ asked, in O(edges · K) memory; differentiating the CSR product would fill an N�
 Where nodes have no edge out, P = Q + a wᵀ: Q holds the edges, a marks those nodes, w is where they jump.
 """
 
-import copy
 import functools
 import sys
 import warnings
@@ -243,7 +242,9 @@ class SparseTransition(Transition):
             raise TypeError(f"A: expected real numbers, got {A.dtype}; take A.real or abs(A)")
         # Numbers that torch does not have (long double, unsigned, other byte orders) are widened on the way.
         weights = "f4" if A.dtype == "f4" else "f8"
-        own = getattr(torch, np.dtype(weights).name) if A.dtype.kind == "f" else torch.get_default_dtype()
+        own = torch.float32 if weights == "f4" else torch.float64
+        if A.dtype.kind != "f":
+            own = torch.get_default_dtype()
         dtype = checks.floating_dtype(dtype, own)
         walk = _compiled_walk(A, reversible, dtype, device)
         if walk is not None:
@@ -597,7 +598,9 @@ class SparseTransition(Transition):
     @cached_property
     def _transposed_matrix(self) -> Any:
         """Its transpose, on the same arrays."""
-        return self._matrix.T
+        from scipy import sparse
+
+        return _another(self._matrix, sparse.csc_array)
 
     @cached_property
     def _values_by_column(self) -> Tensor:
@@ -648,8 +651,7 @@ class SparseTransition(Transition):
         """
         if not self.sparse:
             return super().to_scipy()
-        # Another object on the same arrays: scipy checks the arrays of one that is made anew.
-        return copy.copy(self._matrix)
+        return _another(self._matrix)
 
     def sweep_order(self) -> tuple[Any, bool]:
         """As of any sparse operator; found once for all on the same edges."""
@@ -705,6 +707,16 @@ class _Pattern:
         """Most edges in a row or a column."""
         longest = int(self.indptr.diff().max())
         return longest if self.symmetric else max(longest, int(self.arrivals.max()))
+
+
+def _another(matrix: Any, kind: type | None = None) -> Any:
+    """Another sparse matrix of scipy on the same arrays; its transpose where `kind` has columns for rows.
+
+    For square ones. One that is made anew takes longer, because scipy checks its arrays.
+    """
+    other: Any = object.__new__(kind or type(matrix))
+    other.__dict__.update(matrix.__dict__)
+    return other
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -916,7 +928,7 @@ def _compiled_walk(
     """
     from scipy import sparse
 
-    on_cpu = torch.device(device or "cpu").type == "cpu"
+    on_cpu = device is None or torch.device(device).type == "cpu"
     if not on_cpu or dtype not in (torch.float32, torch.float64) or not _in_rows(A):
         return None
     nodes, count = A.shape[0], len(A.indices)
@@ -926,8 +938,8 @@ def _compiled_walk(
     weight, value = np.ascontiguousarray(A.data, "f8"), "f4" if dtype == torch.float32 else "f8"
     found = _compiled().block((nodes + 1, number), (count, number), (count, value), (nodes, "f8"))
     degree = np.empty(nodes)
-    fits, alike = _compiled().normalised(A.indptr, A.indices, weight, ORDINARY, *found, degree)
-    if not fits:
+    longest, alike = _compiled().normalised(A.indptr, A.indices, weight, ORDINARY, *found, degree)
+    if longest == 0:
         return None
     indptr, indices, _, sums = found
     compared = None if alike else weight
@@ -938,10 +950,11 @@ def _compiled_walk(
     walk.__dict__.update(edges, log_degree=log_degree, dangling=None, jump=None)
     walk.__dict__["_edge_sums"] = torch.from_numpy(sums).unsqueeze(-1)
     walk._pattern.symmetric = symmetric
+    if symmetric:
+        walk._pattern.__dict__["longest"] = longest
     if type(A) is sparse.csr_array:
-        # As in `to_scipy`: another object than A, of other arrays, which need no check.
-        matrix = copy.copy(A)
-        # Scipy copies for every transpose what it takes for a small part of a larger array: not torch's.
+        matrix = _another(A)
+        # Scipy copies now and then what it takes for a small part of a larger array: not torch's.
         matrix.indptr, matrix.indices, matrix.data = (x.numpy() for x in edges.values())
         walk.__dict__["_matrix"] = matrix
     return walk
