@@ -86,17 +86,20 @@ def _shared(begins: Any, weight: float, longest: int, values: Any, sums: Any, de
             e += uint64(AT_ONCE)
         for k in range(e, last):
             values[k] = value
-    # Sums edge after edge, those of all lengths beside each other.
-    lengths = np.flatnonzero(share)[::-1].astype(np.uint64)
-    each, so_far, left = share[lengths].astype(np.float64), np.zeros(len(lengths)), uint64(len(lengths))
-    for added in range(uint64(longest)):
-        while lengths[left - uint64(1)] <= added:
-            left -= uint64(1)
+    # Sums edge after edge, those of all lengths that there are beside each other, the longest first.
+    lengths, left = np.zeros(longest, np.uint64), uint64(0)
+    each, so_far, summed = np.zeros(longest), np.zeros(longest), np.zeros(longest + 1)
+    for shorter in range(uint64(longest)):
+        length = uint64(longest) - shorter
+        if share[length] != 0:
+            lengths[left], each[left] = length, share[length]
+            left += uint64(1)
+    for added in range(uint64(1), uint64(longest) + uint64(1)):
         for k in range(left):
             so_far[k] += each[k]
-    summed = np.zeros(longest + 1)
-    for k in range(uint64(len(lengths))):
-        summed[lengths[k]] = so_far[k]
+        if lengths[left - uint64(1)] == added:
+            left -= uint64(1)
+            summed[added] = so_far[left]
     for i in range(count):
         length = uint64(begins[i + uint64(1)]) - uint64(begins[i])
         degree[i], sums[i] = total[length], summed[length]
