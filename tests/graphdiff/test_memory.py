@@ -103,7 +103,7 @@ def test_threads_share_nothing():
 
 
 def test_an_ending_python_says_nothing():
-    script = "import torch; from graphdiff.memory import empty, lent; "
-    script += "kept = [lent(2**23) for _ in range(3)]; x = empty([2**20, 2], torch.zeros(1)); kept.append(kept)"
+    script = "import torch; from graphdiff.memory import empty, lent; kept = [lent(2**23) for _ in range(3)]"
+    script += "; kept += [kept, empty([2**20, 2], torch.zeros(1))]"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
