@@ -7,7 +7,9 @@ gradient methods", SIAM J. Sci. Stat. Comput. 2, 1981): with t = (I − Lᵀ)⁻
 image of p is t + w, and t is the direction in which x moves.
 
 Vectors are [N, W]: W signals, each added up in one order whatever W is, so that a signal's bits do not depend
-on those beside it. This file is read where numba is installed, and compiled when it is first used.
+on those beside it. Of one signal alone it is rows that stand side by side, so many of one length that do not
+depend on each other; or four edges of one row. This file is read where numba is installed, and compiled when
+it is first used.
 """
 
 import operator
@@ -25,6 +27,9 @@ from graphdiff.operators.rows import block
 
 # So many rows ahead a row is asked for: rows in the order lie anywhere in memory.
 SOON = 12
+# Rows of a group, and the number of edges with which a row belongs to none.
+GROUP, LONG = 8, 16
+EIGHT, FOUR = (0,) * GROUP, (0,) * 4
 
 # --- a type for numba: W numbers on which a processor works at once
 
@@ -60,6 +65,13 @@ def _row(context: Any, builder: Any, kind: Any, array: Any, row: Any, lanes: Lan
     return builder.bitcast(first, place)
 
 
+def _alike(builder: Any, number: Any, count: int) -> Any:
+    """A number in so many lanes."""
+    undefined, place = ir.Constant(ir.VectorType(number.type, count), ir.Undefined), ir.IntType(32)
+    one = builder.insert_element(undefined, number, ir.Constant(place, 0))
+    return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(place, count), [0] * count))
+
+
 @intrinsic
 def load(typing: Any, x: Any, row: Any, lanes: Any) -> Any:
     """Row of x [N, W], where `lanes` is any tuple of W numbers."""
@@ -83,6 +95,101 @@ def store(typing: Any, x: Any, row: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(x, row, value), code
+
+
+def _beside(context: Any, builder: Any, kind: Any, array: Any, place: Any, count: int) -> Any:
+    """Where so many numbers of an array stand beside each other, from a place counted through its rows."""
+    first = builder.gep(context.make_array(kind)(context, builder, array).data, [place])
+    return builder.bitcast(first, ir.VectorType(first.type.pointee, count).as_pointer())
+
+
+@intrinsic
+def beside(typing: Any, x: Any, place: Any, lanes: Any) -> Any:
+    """W numbers of x, from a place on that is counted through all its rows."""
+    found = Lanes(x.dtype, lanes.count)
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = builder.load(_beside(context, builder, x, args[0], args[1], found.count))
+        value.align = x.dtype.bitwidth // 8
+        return value
+
+    return found(x, place, lanes), code
+
+
+@intrinsic
+def put(typing: Any, x: Any, place: Any, value: Any) -> Any:
+    """Write numbers where `beside` reads them."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = _beside(context, builder, x, args[0], args[1], value.count)
+        builder.store(args[2], place, align=x.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.none(x, place, value), code
+
+
+@intrinsic
+def picked(typing: Any, x: Any, numbers: Any, place: Any, lanes: Any) -> Any:
+    """The W numbers of x of which `numbers` says the places, from a place of its own on.
+
+    One load after the other: a processor's instruction for this takes as long at best.
+    """
+    found = Lanes(x.dtype, lanes.count)
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data, places = (
+            context.make_array(kind)(context, builder, array).data
+            for kind, array in zip((x, numbers), args, strict=False)
+        )
+        vector = ir.Constant(context.get_value_type(found), ir.Undefined)
+        for lane in range(found.count):
+            here = builder.add(args[2], ir.Constant(args[2].type, lane))
+            one = builder.zext(builder.load(builder.gep(places, [here])), ir.IntType(64))
+            one = builder.load(builder.gep(data, [one]))
+            vector = builder.insert_element(vector, one, ir.Constant(ir.IntType(32), lane))
+        return vector
+
+    return found(x, numbers, place, lanes), code
+
+
+@intrinsic
+def any_in(typing: Any, a: Any, start: Any, count: Any) -> Any:
+    """Whether any of W whole numbers of 32 bits is one of so many from a start on."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = args[0].type
+        start, count = (_alike(builder, builder.trunc(x, kind.element), a.count) for x in args[1:])
+        found = builder.icmp_unsigned("<", builder.sub(args[0], start), count)
+        bits = builder.bitcast(found, ir.IntType(a.count))
+        return builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
+
+    return types.boolean(a, start, count), code
+
+
+@intrinsic
+def increased(typing: Any, a: Any, b: Any, lanes: Any) -> Any:
+    """a + b in so many lanes, the first, and a in the others."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        some = _alike(builder, args[2], a.count)
+        chosen = builder.icmp_unsigned("<", ir.Constant(some.type, list(range(a.count))), some)
+        return builder.select(chosen, builder.fadd(*args[:2]), args[0])
+
+    return a(a, a, lanes), code
+
+
+@intrinsic
+def total(typing: Any, a: Any, lanes: Any) -> Any:
+    """The sum of four lanes, in the first of W; the same to the bit wherever a turn of the four begins."""
+    kind = Lanes(a.dtype, lanes.count)
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        first = ir.Constant(ir.IntType(32), 0)
+        p, q, r, s = (builder.extract_element(args[0], ir.Constant(first.type, k)) for k in range(4))
+        found = builder.fadd(builder.fadd(p, r), builder.fadd(q, s))
+        return builder.insert_element(ir.Constant(context.get_value_type(kind), ir.Undefined), found, first)
+
+    return kind(a, lanes), code
 
 
 @intrinsic
@@ -132,10 +239,11 @@ def magnitude(typing: Any, a: Any) -> Any:
 
 @intrinsic
 def larger(typing: Any, a: Any, b: Any) -> Any:
-    """The larger of two, lane by lane; nan where a is."""
+    """The larger of two, lane by lane; a where either is nan."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.select(builder.fcmp_unordered(">", *args), *args)
+        # In this form, and no other, it is one instruction.
+        return builder.select(builder.fcmp_ordered("<", *args), args[1], args[0])
 
     return a(a, a), code
 
@@ -157,10 +265,7 @@ def _lane_by_lane(instruction: str) -> Any:
         def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             left, right = args
             if not isinstance(signature.args[1], Lanes):
-                undefined = ir.Constant(left.type, ir.Undefined)
-                numbers = ir.VectorType(ir.IntType(32), a.count)
-                right = builder.insert_element(undefined, right, ir.Constant(ir.IntType(32), 0))
-                right = builder.shuffle_vector(right, undefined, ir.Constant(numbers, [0] * a.count))
+                right = _alike(builder, right, a.count)
             return getattr(builder, instruction)(left, right)
 
         return a(a, b if isinstance(b, Lanes) else a.dtype), code
@@ -218,19 +323,32 @@ def split(
     by `remaining`, 1 − µ·rowsum, is at most the bound times max |ρ| times the first weights, which are 1/√ω;
     and in the transposed system its 1-norm is at most Σ |ρ| times the second. Triangles and weights are in
     the order, the rest is not. Nodes where µ = 0 belong to neither triangle.
+
+    A triangle is where its rows start, its numbers and values, after which four more may be read, and its
+    runs, as `grouped` has them.
     """
     count, edges = len(order), len(nodes)
-    ends, numbers = (2 * count + 2, np.uint32), (2 * edges + 1, np.uint32)
+    room, most = edges + len(FOUR), 2 * (count // (GROUP + 1)) + 5
+    ends, runs = (2 * count + 2, np.uint32), (2 * most, np.uint32)
     # Where a triangle has less than all edges, the rest of its memory is never touched.
     scales = [(2 * count, np.float64)] * 2
-    parts = block(ends, *scales, numbers, (2 * edges + 1, dtype))
-    ends, into, of = parts[0].reshape(2, -1), *parts[3:]
-    node, weights = parts[1].reshape(count, 2), parts[2].reshape(2, count)
-    first, second, bound = _split(
-        starts, nodes, values, order, looped, degree, mu, remaining, ends, node, weights, into, of
+    parts = block(ends, runs, *scales, (2 * room, np.uint32), (2 * room, dtype))
+    ends, runs, into, of = (part.reshape(2, -1) for part in (*parts[:2], *parts[4:]))
+    node, weights = parts[2].reshape(count, 2), parts[3].reshape(2, count)
+    bound = _split(
+        starts, nodes, values, order, looped, degree, mu, remaining, ends, node, weights, *parts[4:]
     )
-    lower = ends[0], into[:first], of[:first]
-    return lower, (ends[1], into[edges:second], of[edges:second]), node, weights, bound
+    lower, upper = (_triangle(*found) for found in zip(ends, into, of, runs, strict=True))
+    return lower, upper, node, weights, bound
+
+
+def _triangle(starts: Any, nodes: Any, values: Any, runs: Any) -> Any:
+    """A triangle of memory that is filled, with its groups."""
+    edges = int(starts[-1])
+    nodes[edges : edges + len(FOUR)] = 0
+    values[edges : edges + len(FOUR)] = 0
+    found = starts, nodes[: edges + len(FOUR)], values[: edges + len(FOUR)]
+    return *found, runs[: grouped(*found, runs)]
 
 
 @compiled(error_model="numpy")
@@ -249,7 +367,7 @@ def _split(
     into: Any,
     of: Any,
 ) -> Any:
-    """Where the edges of L and of Lᵀ end in `into` and `of`, and the bound."""
+    """The bound; L and Lᵀ, each in a half of `into` and `of`."""
     count, one = uint64(len(order)), uint64(1)
     loop, alike = np.zeros(count, np.float64), True
     for i in range(count):
@@ -262,7 +380,8 @@ def _split(
     for a in range(count):
         i = uint64(order[a])
         node[i, 0], node[i, 1] = np.sqrt(mu[i] / (degree[i] * (1 - mu[i] * loop[i]))), a
-    first, second, bound = uint64(0), uint64(len(nodes)), 0.0
+    half = uint64(len(into)) // uint64(2)
+    first, second, bound = uint64(0), half, 0.0
     ends[0, 0] = ends[1, 0] = 0
     for a in range(count):
         if a + SOON < count:
@@ -285,11 +404,82 @@ def _split(
             first, second, share = first + earlier, second + (one - earlier), float(earlier)
             before += share * values[e]
             after += (1 - share) * ((mu[i] if alike else mu[j]) * values[e])
-        ends[0, a + one], ends[1, a + one] = first, second - uint64(len(nodes))
+        ends[0, a + one], ends[1, a + one] = first, second - half
         there = mu[i] > 0
         bound = max(bound, (1 - mu[i] * (loop[i] - before)) / remaining[i] if there else 0.0)
         weights[0, a], weights[1, a] = inverse, mu[i] / inverse + scale * after if there else 0.0
-    return first, second, bound
+    return bound
+
+
+@compiled
+def grouped(starts: Any, nodes: Any, values: Any, runs: Any) -> Any:
+    """How many `runs` there are: in turn rows one after the other and groups, from row 0 on; each one's end.
+
+    A group is of `GROUP` rows that follow each other, none of which depends on another, with as many edges,
+    less than `LONG`. Where their edges stand the first of each row come first, then the second.
+    """
+    group, longest = uint64(GROUP), uint64(LONG - 1)
+    numbers, weights = np.empty(GROUP * LONG, nodes.dtype), np.empty(GROUP * LONG, values.dtype)
+    count, alike, length, ends = uint64(len(starts) - 1), uint64(0), uint64(0), uint64(0)
+    for a in range(uint64(1), count + uint64(1)):
+        edges = uint64(starts[a]) - uint64(starts[a - uint64(1)])
+        alike = alike + uint64(1) if edges == length else uint64(1)
+        length = edges
+        if alike < group or length > longest:
+            continue
+        alike = uint64(0)
+        row, first = a - group, uint64(starts[a - group])
+        inside = False
+        for e in range(uint64(0), length * group, group):
+            some = beside(nodes, first + e, EIGHT)
+            inside |= any_in(some, row, group)
+            put(numbers, e, some)
+            put(weights, e, beside(values, first + e, EIGHT))
+        if inside:
+            continue
+        # One edge a row is in order as it is.
+        for e in range(length if length > uint64(1) else uint64(0)):
+            for k in range(group):
+                into, of = first + e * group + k, k * length + e
+                nodes[into], values[into] = numbers[of], weights[of]
+        if ends and runs[ends - uint64(1)] == row:
+            runs[ends - uint64(1)] = a
+        else:
+            runs[ends], runs[ends + uint64(1)] = row, a
+            ends += uint64(2)
+    if not ends or runs[ends - uint64(1)] < count:
+        runs[ends] = runs[ends + uint64(1)] = count
+        ends += uint64(2)
+    return ends
+
+
+# A call for every row would count references, as in `remainder`.
+@compiled(inline="always")
+def of_row(triangle: Any, x: Any, a: int, lanes: Any) -> Any:
+    """What x [N, W] has on row a of a triangle, which is in no group: four sums that take turns.
+
+    x [N, 1] gives four edges at a time, and after the last what is not counted.
+    """
+    starts, nodes, values, _ = triangle
+    e, last, four = uint64(starts[a]), uint64(starts[a + uint64(1)]), uint64(len(FOUR))
+    if len(lanes) == 1:
+        sums = narrow(zeros(FOUR), x)
+        while e + four <= last:
+            sums = sums + picked(x, nodes, e, FOUR) * beside(values, e, FOUR)
+            e += four
+        return total(increased(sums, picked(x, nodes, e, FOUR) * beside(values, e, FOUR), last - e), lanes)
+    c0 = narrow(zeros(lanes), x)
+    c1, c2, c3 = c0, c0, c0
+    while e + four <= last:
+        c0 = c0 + load(x, uint64(nodes[e]), lanes) * values[e]
+        c1 = c1 + load(x, uint64(nodes[e + uint64(1)]), lanes) * values[e + uint64(1)]
+        c2 = c2 + load(x, uint64(nodes[e + uint64(2)]), lanes) * values[e + uint64(2)]
+        c3 = c3 + load(x, uint64(nodes[e + uint64(3)]), lanes) * values[e + uint64(3)]
+        e += four
+    while e < last:
+        c0, c1, c2, c3 = c1, c2, c3, c0 + load(x, uint64(nodes[e]), lanes) * values[e]
+        e += uint64(1)
+    return (c0 + c2) + (c1 + c3)
 
 
 # --- a block of signals
@@ -317,14 +507,30 @@ def sized(given: Any, start: Any, unit: Any, lanes: Any) -> Any:
 @compiled
 def lowered(lower: Any, r: Any, weights: Any, summed: bool, sums: Any, lanes: Any) -> None:
     """r ← (I − L)⁻¹ r; Σ r² and Σ or max of |r| with weights into `sums`, added up as `moved` does."""
-    (starts, numbers, values), a0 = lower, zeros(lanes)
+    (starts, nodes, values, runs), a0 = lower, zeros(lanes)
     a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
+    a, one, group = uint64(0), uint64(1), uint64(GROUP)
+    for i in range(uint64(len(runs)) // uint64(2)):
+        while a < uint64(runs[uint64(2) * i]):
+            store(r, a, load(r, a, lanes) + of_row(lower, r, a, lanes))
+            a += one
+        while a < uint64(runs[uint64(2) * i + one]):
+            e, last = uint64(starts[a]), uint64(starts[a + group])
+            if len(lanes) == 1:
+                eight = beside(r, a, EIGHT)
+                while e < last:
+                    eight = eight + picked(r, nodes, e, EIGHT) * beside(values, e, EIGHT)
+                    e += group
+                put(r, a, eight)
+            else:
+                for k in range(group):
+                    q = load(r, a + k, lanes)
+                    for f in range(e + k, last, group):
+                        q = q + load(r, uint64(nodes[f]), lanes) * values[f]
+                    store(r, a + k, q)
+            a += group
     for a in range(uint64(len(weights))):
-        q = load(r, a, lanes)
-        for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
-            q = q + load(r, uint64(numbers[e]), lanes) * values[e]
-        store(r, a, q)
-        v = wide(q)
+        v = wide(load(r, a, lanes))
         a0, a1, a2, a3 = a1, a2, a3, a0 + v * v
         y = magnitude(v) * weights[a]
         b0, b1, b2, b3 = b1, b2, b3, b0 + y if summed else larger(b0, y)
@@ -398,30 +604,87 @@ def taken(mask: Any, w: Any, r: Any, lanes: Any) -> None:
 @compiled
 def _back(upper: Any, r: Any, p: Any, turn: Any, t: Any, lanes: Any) -> None:
     """p ← r + turn·p and t = (I − Lᵀ)⁻¹ p."""
-    starts, nodes, values = upper
-    beta, a = load(turn, uint64(0), lanes), uint64(len(starts) - 1)
-    while a > 0:
-        a -= uint64(1)
-        q = load(r, a, lanes) + load(p, a, lanes) * beta
-        store(p, a, q)
-        for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
-            q = q + load(t, uint64(nodes[e]), lanes) * values[e]
-        store(t, a, q)
+    (starts, nodes, values, runs), beta = upper, load(turn, uint64(0), lanes)
+    a, i, one, group = uint64(len(starts) - 1), uint64(len(runs)), uint64(1), uint64(GROUP)
+    while i > 0:
+        i -= uint64(2)
+        while a > uint64(runs[i]):
+            e, last = uint64(starts[a - group]), uint64(starts[a])
+            if len(lanes) == 1:
+                a -= group
+                eight = beside(r, a, EIGHT) + beside(p, a, EIGHT) * turn[0, 0]
+                put(p, a, eight)
+                while e < last:
+                    eight = eight + picked(t, nodes, e, EIGHT) * beside(values, e, EIGHT)
+                    e += group
+                put(t, a, eight)
+            else:
+                for k in range(group):
+                    a -= one
+                    q = load(r, a, lanes) + load(p, a, lanes) * beta
+                    store(p, a, q)
+                    for f in range(e + (group - one - k), last, group):
+                        q = q + load(t, uint64(nodes[f]), lanes) * values[f]
+                    store(t, a, q)
+        while a > (uint64(runs[i - one]) if i > 0 else uint64(0)):
+            a -= one
+            q = load(r, a, lanes) + load(p, a, lanes) * beta
+            store(p, a, q)
+            store(t, a, q + of_row(upper, t, a, lanes))
+
+
+@compiled
+def _along_by_fours(p: Any, t: Any, w: Any, parts: Any, four: Any) -> None:
+    """⟨p, t + w⟩ over all nodes but the last three at most, its four sums into `parts`."""
+    s = zeros(four)
+    for i in range(uint64(len(p)) // uint64(4)):
+        s = s + wide(load(p, i, four)) * wide(load(w, i, four) + load(t, i, four))
+    store(parts, uint64(0), s)
 
 
 @compiled
 def _forth(lower: Any, p: Any, t: Any, w: Any, sums: Any, lanes: Any) -> None:
     """w = (I − L)⁻¹(p − t), and ⟨p, t + w⟩ into a row of `sums`."""
-    starts, nodes, values = lower
-    s0 = zeros(lanes)
+    (starts, nodes, values, runs), s0 = lower, zeros(lanes)
     s1, s2, s3 = s0, s0, s0
-    for a in range(uint64(len(starts) - 1)):
-        moved, direction = load(t, a, lanes), load(p, a, lanes)
-        q = direction - moved
-        for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
-            q = q + load(w, uint64(nodes[e]), lanes) * values[e]
-        store(w, a, q)
-        s0, s1, s2, s3 = s1, s2, s3, s0 + wide(direction) * wide(q + moved)
+    a, one, group = uint64(0), uint64(1), uint64(GROUP)
+    for i in range(uint64(len(runs)) // uint64(2)):
+        while a < uint64(runs[uint64(2) * i]):
+            moved, direction = load(t, a, lanes), load(p, a, lanes)
+            q = (direction - moved) + of_row(lower, w, a, lanes)
+            store(w, a, q)
+            if len(lanes) > 1:
+                s0, s1, s2, s3 = s1, s2, s3, s0 + wide(direction) * wide(q + moved)
+            a += one
+        while a < uint64(runs[uint64(2) * i + one]):
+            e, last = uint64(starts[a]), uint64(starts[a + group])
+            if len(lanes) == 1:
+                eight = beside(p, a, EIGHT) - beside(t, a, EIGHT)
+                while e < last:
+                    eight = eight + picked(w, nodes, e, EIGHT) * beside(values, e, EIGHT)
+                    e += group
+                put(w, a, eight)
+            else:
+                for k in range(group):
+                    moved, direction = load(t, a + k, lanes), load(p, a + k, lanes)
+                    q = direction - moved
+                    for f in range(e + k, last, group):
+                        q = q + load(w, uint64(nodes[f]), lanes) * values[f]
+                    store(w, a + k, q)
+                    s0, s1, s2, s3 = s1, s2, s3, s0 + wide(direction) * wide(q + moved)
+            a += group
+    if len(lanes) == 1:
+        # Of one signal four nodes stand beside each other.
+        parts = np.empty((4, 1), np.float64)
+        _along_by_fours(p, t, w, parts, (0, 0, 0, 0))
+        s0, s1, s2, s3 = four_rows(parts, uint64(0), lanes)
+        for a in range(uint64(len(p)) // uint64(4) * uint64(4), uint64(len(p))):
+            s0, s1, s2, s3 = (
+                s1,
+                s2,
+                s3,
+                s0 + wide(load(p, a, lanes)) * wide(load(w, a, lanes) + load(t, a, lanes)),
+            )
     store(sums, uint64(0), (s0 + s1) + (s2 + s3))
 
 

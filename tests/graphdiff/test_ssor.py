@@ -41,6 +41,23 @@ def weighted(nodes, seed, loops=True, zeros=False, spread=1.0):
     return gd.SparseTransition.from_scipy(sparse.csr_array(W.numpy()))
 
 
+def rows_of(triangle):
+    """The numbers and values of each row of a triangle, in their order."""
+    from graphdiff.solvers.sweeps import GROUP
+
+    starts, numbers, values, runs = triangle
+    rows, nodes = [], len(starts) - 1
+    alone = np.ones(nodes, bool)
+    for first, last in zip(runs[::2], runs[1::2], strict=True):
+        alone[first:last] = False
+    while len(rows) < nodes:
+        a = len(rows)
+        count = 1 if alone[a] else GROUP
+        some = slice(starts[a], starts[a + count])
+        rows += zip(*(x[some].reshape(-1, count).T for x in (numbers, values)), strict=True)
+    return rows
+
+
 def triangles(P, mu, narrow=False):
     """L, Lᵀ dense, the order, and what the solver keeps beside; in float32 as it sweeps, or in float64."""
     from graphdiff.solvers import ssor
@@ -53,11 +70,9 @@ def triangles(P, mu, narrow=False):
     nodes = P.shape[-1]
 
     def dense(triangle):
-        starts, numbers, values = (torch.from_numpy(x.astype("f8")) for x in triangle)
         L = torch.zeros(nodes, nodes, **f64)
-        for a in range(nodes):
-            some = slice(int(starts[a]), int(starts[a + 1]))
-            L[a, numbers[some].long()] = values[some]
+        for a, (numbers, values) in enumerate(rows_of(triangle)):
+            L[a, torch.from_numpy(numbers.astype("i8"))] = torch.from_numpy(values.astype("f8"))
         return L
 
     # The place of each node the other way round.
@@ -171,6 +186,136 @@ def test_a_move_of_one_signal_has_the_bits_it_has_in_company(nodes, dtype, summe
     torch.testing.assert_close(together[2][0], r.square().sum(0))
     size = r.abs() * weights[:, None]
     torch.testing.assert_close(together[2][1], size.sum(0) if summed else size.amax(0))
+
+
+def of_equal_rows(kind, nodes, seed):
+    """A walk many of whose rows are as long as others: those of a ring, of stars, or of both."""
+    random = np.random.default_rng(seed)
+    each = np.arange(nodes)
+    ring = np.stack([np.concatenate([each, each]), np.concatenate([each + 1, each + 1 + seed % 5]) % nodes])
+    hubs = random.integers(0, 1 + nodes // 20, (1 + seed % 3, nodes))
+    stars = np.stack([np.tile(each, len(hubs)), hubs.ravel()])
+    edges = {"ring": ring, "stars": stars}.get(kind, np.concatenate([ring, stars[:, ::3]], 1))
+    if seed % 2:
+        edges = np.concatenate([edges, np.stack([each[::7], each[::7]])], 1)
+    W = sparse.coo_array((random.choice([0.5, 1.0, 2.0], edges.shape[1]), edges), (nodes, nodes)).tocsr()
+    return gd.SparseTransition.from_scipy(W + W.T)
+
+
+def of_too_many_colours():
+    """255 nodes that all are linked to all, and 70 linked to all of them and, in a ring, to each other.
+
+    Those of the ring share the last colour, though each depends on the one before.
+    """
+    W = np.ones((325, 325)) - np.eye(325)
+    ring = np.arange(70)
+    W[255:, 255:] = 0
+    W[255 + ring, 255 + (ring + 1) % 70] = W[255 + (ring + 1) % 70, 255 + ring] = 1
+    return gd.SparseTransition.from_scipy(sparse.csr_array(W))
+
+
+@with_numba
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(1, 30)), min_size=1, max_size=8), st.integers(0, 2**20)
+)
+def test_groups_are_of_independent_rows_of_one_length_and_lose_no_edge(lengths, seed):
+    from graphdiff.solvers import sweeps
+
+    random = np.random.default_rng(seed)
+    length = np.concatenate([[edges] * rows for edges, rows in lengths])
+    nodes, starts = len(length), np.concatenate([[0], np.cumsum(length)]).astype("u4")
+    # Dependent on rows far back, or on any, one of them seldom.
+    back = random.integers(1, 400, starts[-1]) + 40 * (random.random(starts[-1]) < 0.98)
+    numbers = np.maximum(np.repeat(np.arange(nodes), length) + 440 - back, 0).astype("u4")
+    values, runs = np.arange(len(numbers), dtype="f4"), np.zeros(2 * (nodes // 9) + 5, "u4")
+    found = numbers.copy(), values.copy()
+    runs = runs[: sweeps.grouped(starts, *found, runs)].astype("i8")
+    assert runs[-1] == nodes
+    assert (np.diff(runs) >= 0).all()
+    rows = rows_of((starts, *found, runs))
+    for a, (some, weights) in enumerate(rows):
+        assert np.array_equal(some, numbers[starts[a] : starts[a + 1]])
+        assert np.array_equal(weights, values[starts[a] : starts[a + 1]])
+    alone = np.ones(nodes, bool)
+    for first, last in zip(runs[::2], runs[1::2], strict=True):
+        assert (last - first) % sweeps.GROUP == 0
+        alone[first:last] = False
+        for a in range(first, last, sweeps.GROUP):
+            group = range(a, a + sweeps.GROUP)
+            assert length[a] < sweeps.LONG
+            assert len({length[b] for b in group}) == 1
+            assert not any(n in group for b in group for n in rows[b][0])
+    # Of rows that could be in a group few are not.
+    for a in range(nodes - 2 * sweeps.GROUP):
+        some = slice(a, a + 2 * sweeps.GROUP)
+        if len(set(length[some])) == 1 and length[a] < sweeps.LONG:
+            numbers_of = numbers[starts[a] : starts[a + 2 * sweeps.GROUP]].astype("i8")
+            if not ((numbers_of >= a) & (numbers_of < a + 2 * sweeps.GROUP)).any():
+                assert not alone[some].all()
+
+
+@with_numba
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["ring", "stars", "mix", "colours"]),
+    st.integers(20, 300),
+    st.integers(0, 2**20),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+def test_sweeps_of_one_signal_have_the_bits_they_have_in_company(kind, nodes, seed, narrow, pinned, strange):
+    from graphdiff.solvers import sweeps
+
+    P = of_too_many_colours() if kind == "colours" else of_equal_rows(kind, nodes, seed)
+    nodes, random = P.shape[-1], np.random.default_rng(seed)
+    mu = np.where(random.random(nodes) < 0.2, 0.0, 0.9) if pinned else np.full(nodes, 0.9)
+    L, U, _, found = triangles(P, mu, narrow)
+    dtype = "f4" if narrow else "f8"
+    vectors = random.standard_normal((4, nodes, 16)).astype(dtype)
+    turn = random.random((1, 16)).astype(dtype)
+    if strange:
+        where = random.random(vectors.shape) < 0.02
+        vectors[where] = random.choice([0.0, -0.0, np.inf, np.nan], where.sum())
+
+    def swept(some):
+        r, p, t, w = (np.ascontiguousarray(v[:, some]) for v in vectors)
+        sums, lanes = np.zeros((2, len(some))), (0,) * len(some)
+        sweeps._back(found.upper, r, p, np.ascontiguousarray(turn[:, some]), t, lanes)
+        sweeps._forth(found.lower, p, t, w, sums, lanes)
+        curved = sums[0].copy()
+        sweeps.lowered(found.lower, r, found.weights[0], seed % 3 == 0, sums, lanes)
+        return p, t, w, r, curved, sums
+
+    together = swept(range(16))
+    for some in ([0], [15], range(4, 8)):
+        for alone, wanted in zip(swept(some), together, strict=True):
+            assert np.array_equal(alone, wanted[..., list(some)], equal_nan=True)
+    if not strange:
+        p, t, w, r = (torch.from_numpy(v.astype("f8")) for v in together[:4])
+        near = {"rtol": 0, "atol": 1e-4 if narrow else 1e-12}
+        torch.testing.assert_close(p, torch.from_numpy((vectors[0] + turn * vectors[1]).astype("f8")), **near)
+        torch.testing.assert_close(t - U @ t, p, **near)
+        torch.testing.assert_close(w - L @ w, p - t, **near)
+        torch.testing.assert_close(r - L @ r, torch.from_numpy(vectors[0].astype("f8")), **near)
+        torch.testing.assert_close(torch.from_numpy(together[4]), (p * (t + w)).sum(0), rtol=1e-5, atol=1e-4)
+
+
+@with_numba
+@pytest.mark.parametrize("mu", [0.9, 0.999])
+@pytest.mark.parametrize("kind", ["ring", "stars", "mix", "colours"])
+def test_one_signal_on_equal_rows_is_solved_as_among_others(kind, mu):
+    P = of_too_many_colours() if kind == "colours" else of_equal_rows(kind, 500, 3)
+    s = torch.randn(P.shape[-1], 16, generator=torch.Generator().manual_seed(1), **f64)
+    for walk, wanted in ((P, P.dense()), (P.T, P.dense().T)):
+        together = gd.solve(walk, s, mu, solver=SSOR)
+        assert together.converged.all()
+        assert (together.value - oracle(wanted, s, mu)).abs().max() < 1e-6
+        for k in (0, 9):
+            alone = gd.solve(walk, s[:, k : k + 1], mu, solver=SSOR)
+            assert torch.equal(alone.value, together.value[:, k : k + 1])
+            assert torch.equal(alone.steps, together.steps[k : k + 1])
 
 
 @with_numba
