@@ -324,15 +324,13 @@ def split(
     and in the transposed system its 1-norm is at most Σ |ρ| times the second. Triangles and weights are in
     the order, the rest is not. Nodes where µ = 0 belong to neither triangle.
 
-    A triangle is where its rows start, its numbers and values, after which four more may be read, and its
-    runs, as `grouped` has them.
+    A triangle is where its rows start, its numbers and values, and its runs, as `grouped` has them.
     """
-    count, edges = len(order), len(nodes)
-    room, most = edges + len(FOUR), 2 * (count // (GROUP + 1)) + 5
+    count, edges, most = len(order), len(nodes), 2 * (len(order) // (GROUP + 1)) + 5
     ends, runs = (2 * count + 2, np.uint32), (2 * most, np.uint32)
     # Where a triangle has less than all edges, the rest of its memory is never touched.
     scales = [(2 * count, np.float64)] * 2
-    parts = block(ends, runs, *scales, (2 * room, np.uint32), (2 * room, dtype))
+    parts = block(ends, runs, *scales, (2 * edges + 2, np.uint32), (2 * edges + 2, dtype))
     ends, runs, into, of = (part.reshape(2, -1) for part in (*parts[:2], *parts[4:]))
     node, weights = parts[2].reshape(count, 2), parts[3].reshape(2, count)
     bound = _split(
@@ -344,10 +342,7 @@ def split(
 
 def _triangle(starts: Any, nodes: Any, values: Any, runs: Any) -> Any:
     """A triangle of memory that is filled, with its groups."""
-    edges = int(starts[-1])
-    nodes[edges : edges + len(FOUR)] = 0
-    values[edges : edges + len(FOUR)] = 0
-    found = starts, nodes[: edges + len(FOUR)], values[: edges + len(FOUR)]
+    found = starts, nodes[: starts[-1]], values[: starts[-1]]
     return *found, runs[: grouped(*found, runs)]
 
 
@@ -453,21 +448,21 @@ def grouped(starts: Any, nodes: Any, values: Any, runs: Any) -> Any:
     return ends
 
 
-# A call for every row would count references, as in `remainder`.
+# A call would count references to the arrays for every row, which takes three times as long.
 @compiled(inline="always")
-def of_row(triangle: Any, x: Any, a: int, lanes: Any) -> Any:
-    """What x [N, W] has on row a of a triangle, which is in no group: four sums that take turns.
+def of_row(starts: Any, nodes: Any, values: Any, x: Any, a: int, lanes: Any) -> Any:
+    """What row a, which is in no group, takes of x [N, W], in four sums that take turns.
 
-    x [N, 1] gives four edges at a time, and after the last what is not counted.
+    Of x [N, 1] four edges are read at a time, if need be of the next row too, unless all end before.
     """
-    starts, nodes, values, _ = triangle
     e, last, four = uint64(starts[a]), uint64(starts[a + uint64(1)]), uint64(len(FOUR))
-    if len(lanes) == 1:
+    if len(lanes) == 1 and last + four <= uint64(len(nodes)):
         sums = narrow(zeros(FOUR), x)
-        while e + four <= last:
-            sums = sums + picked(x, nodes, e, FOUR) * beside(values, e, FOUR)
+        while e < last:
+            weights = narrow(wide(beside(values, e, FOUR)), x)
+            sums = increased(sums, picked(x, nodes, e, FOUR) * weights, last - e)
             e += four
-        return total(increased(sums, picked(x, nodes, e, FOUR) * beside(values, e, FOUR), last - e), lanes)
+        return total(sums, lanes)
     c0 = narrow(zeros(lanes), x)
     c1, c2, c3 = c0, c0, c0
     while e + four <= last:
@@ -512,7 +507,7 @@ def lowered(lower: Any, r: Any, weights: Any, summed: bool, sums: Any, lanes: An
     a, one, group = uint64(0), uint64(1), uint64(GROUP)
     for i in range(uint64(len(runs)) // uint64(2)):
         while a < uint64(runs[uint64(2) * i]):
-            store(r, a, load(r, a, lanes) + of_row(lower, r, a, lanes))
+            store(r, a, load(r, a, lanes) + of_row(starts, nodes, values, r, a, lanes))
             a += one
         while a < uint64(runs[uint64(2) * i + one]):
             e, last = uint64(starts[a]), uint64(starts[a + group])
@@ -557,24 +552,6 @@ def gathered(nodes: Any, mask: Any, x: Any, y: Any, lanes: Any) -> None:
         store(x, a, where(chosen, nothing, here))
 
 
-# A call would count references to the arrays of `rows` for every node, which takes three times as long.
-@compiled(inline="always")
-def remainder(
-    rows: Any, mu: float, given: Any, scale: Any, y: Any, started: bool, gain: float, i: int, lanes: Any
-) -> Any:
-    """Node i's residual of y, in float64: `scale` times `given` less `gain` times (I − MP)y.
-
-    P is given by its rows; y [N, W] is 0 if not `started`.
-    """
-    (starts, into, values), v = rows, wide(load(given, i, lanes)) * scale
-    if started:
-        walked = zeros(lanes)
-        for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
-            walked = walked + load(y, uint64(into[e]), lanes) * values[e]
-        v = v - (load(y, i, lanes) - walked * mu) * gain
-    return v
-
-
 @compiled(error_model="numpy")
 def residual(
     rows: Any, nodes: Any, given: Any, unit: Any, y: Any, started: bool, w: Any, summed: bool, lanes: Any
@@ -585,10 +562,13 @@ def residual(
     walk that is stochastic by rows; `summed` says that `given` [N, W] is not for this but for its transpose,
     which solves with D y.
     """
-    (degree, mu, node), scale = nodes, load(unit, uint64(0), lanes)
+    (degree, mu, node), (starts, into, values) = nodes, rows
+    scale = load(unit, uint64(0), lanes)
     for i in range(uint64(len(degree))):
         gain = degree[i] if summed else 1.0
-        v = remainder(rows, mu[i], given, scale, y, started, gain, i, lanes)
+        v = wide(load(given, i, lanes)) * scale
+        if started:
+            v = v - (load(y, i, lanes) - of_row(starts, into, values, y, i, lanes) * mu[i]) * gain
         share = node[i, 0] / (mu[i] * gain) * degree[i] if mu[i] > 0 else 0.0
         store(w, uint64(int64(node[i, 1])), narrow(v * share, w))
 
@@ -630,7 +610,7 @@ def _back(upper: Any, r: Any, p: Any, turn: Any, t: Any, lanes: Any) -> None:
             a -= one
             q = load(r, a, lanes) + load(p, a, lanes) * beta
             store(p, a, q)
-            store(t, a, q + of_row(upper, t, a, lanes))
+            store(t, a, q + of_row(starts, nodes, values, t, a, lanes))
 
 
 @compiled
@@ -651,7 +631,7 @@ def _forth(lower: Any, p: Any, t: Any, w: Any, sums: Any, lanes: Any) -> None:
     for i in range(uint64(len(runs)) // uint64(2)):
         while a < uint64(runs[uint64(2) * i]):
             moved, direction = load(t, a, lanes), load(p, a, lanes)
-            q = (direction - moved) + of_row(lower, w, a, lanes)
+            q = (direction - moved) + of_row(starts, nodes, values, w, a, lanes)
             store(w, a, q)
             if len(lanes) > 1:
                 s0, s1, s2, s3 = s1, s2, s3, s0 + wide(direction) * wide(q + moved)
