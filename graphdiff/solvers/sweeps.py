@@ -27,6 +27,8 @@ from graphdiff.operators.rows import block
 
 # So many rows ahead a row is asked for: rows in the order lie anywhere in memory.
 SOON = 12
+# So many edges ahead a row of many signals is asked for; bytes of a line of the cache.
+FAR, LINE = 32, 64
 # Rows of a group, and the number of edges with which a row belongs to none.
 GROUP, LONG = 8, 16
 EIGHT, FOUR = (0,) * GROUP, (0,) * 4
@@ -288,21 +290,50 @@ _defined(operator.mul, "fmul")
 # --- the triangles
 
 
+def _prefetched(builder: Any, place: Any) -> None:
+    """Ask for the line of the cache with a byte."""
+    number = ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
+    to_read, into_all_caches, of_data = number(0), number(3), number(1)
+    called = get_or_insert_function(builder.module, kind, "llvm.prefetch")
+    builder.call(called, [place, to_read, into_all_caches, of_data])
+
+
 @intrinsic
 def ahead(typing: Any, x: Any, place: Any) -> Any:
     """Ask for the line of x where a number stands that is read soon."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
         data = context.make_array(x)(context, builder, args[0]).data
-        line = builder.bitcast(builder.gep(data, [args[1]]), byte)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        to_read, into_all_caches, of_data = number(0), number(3), number(1)
-        called = get_or_insert_function(builder.module, kind, "llvm.prefetch")
-        builder.call(called, [line, to_read, into_all_caches, of_data])
+        _prefetched(builder, builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer()))
         return context.get_dummy_value()
 
     return types.none(x, place), code
+
+
+@intrinsic
+def soon(typing: Any, x: Any, nodes: Any, edge: Any, lanes: Any) -> Any:
+    """Ask for the row of x [N, W] to which an edge leads, where it is more than a line of the cache.
+
+    For shorter rows this gains nothing.
+    """
+    size = x.dtype.bitwidth // 8 * lanes.count
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if size <= LINE:
+            return context.get_dummy_value()
+        data, numbers = (
+            context.make_array(kind)(context, builder, array).data
+            for kind, array in zip((x, nodes), args, strict=False)
+        )
+        row = builder.zext(builder.load(builder.gep(numbers, [args[2]])), ir.IntType(64))
+        byte = builder.bitcast(data, ir.IntType(8).as_pointer())
+        for line in range(0, size, LINE):
+            place = builder.add(builder.mul(row, ir.Constant(row.type, size)), ir.Constant(row.type, line))
+            _prefetched(builder, builder.gep(byte, [place]))
+        return context.get_dummy_value()
+
+    return types.none(x, nodes, edge, lanes), code
 
 
 def split(
@@ -456,6 +487,7 @@ def of_row(starts: Any, nodes: Any, values: Any, x: Any, a: int, lanes: Any) -> 
     Of x [N, 1] four edges are read at a time, if need be of the next row too, unless all end before.
     """
     e, last, four = uint64(starts[a]), uint64(starts[a + uint64(1)]), uint64(len(FOUR))
+    end = uint64(len(nodes)) - uint64(1)
     if len(lanes) == 1 and last + four <= uint64(len(nodes)):
         sums = narrow(zeros(FOUR), x)
         while e < last:
@@ -466,12 +498,15 @@ def of_row(starts: Any, nodes: Any, values: Any, x: Any, a: int, lanes: Any) -> 
     c0 = narrow(zeros(lanes), x)
     c1, c2, c3 = c0, c0, c0
     while e + four <= last:
+        for k in range(four):
+            soon(x, nodes, min(e + k + uint64(FAR), end), lanes)
         c0 = c0 + load(x, uint64(nodes[e]), lanes) * values[e]
         c1 = c1 + load(x, uint64(nodes[e + uint64(1)]), lanes) * values[e + uint64(1)]
         c2 = c2 + load(x, uint64(nodes[e + uint64(2)]), lanes) * values[e + uint64(2)]
         c3 = c3 + load(x, uint64(nodes[e + uint64(3)]), lanes) * values[e + uint64(3)]
         e += four
     while e < last:
+        soon(x, nodes, min(e + uint64(FAR), end), lanes)
         c0, c1, c2, c3 = c1, c2, c3, c0 + load(x, uint64(nodes[e]), lanes) * values[e]
         e += uint64(1)
     return (c0 + c2) + (c1 + c3)
