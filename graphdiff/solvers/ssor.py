@@ -394,9 +394,12 @@ class _Block:
         started, summed = sweeps.sized(given, start, size, lanes), self.summed
         unit, weights = (1 / size).reshape(1, -1), (triangles.weights[int(summed)], summed)
         sweeps.begun(self.nodes, start, unit, y, summed, lanes)
+        share = np.ones((1, self.width))
+        if started:
+            sweeps.fitted(self.rows, self.nodes, given, unit, y, summed, share, lanes)
 
         def residual(into: Any, started: bool) -> None:
-            sweeps.residual(self.rows, self.nodes, given, unit, y, started, into, summed, lanes)
+            sweeps.residual(self.rows, self.nodes, given, unit, y, share, started, into, summed, lanes)
             sweeps.lowered(triangles.lower, into, *weights, sums, lanes)
 
         residual(r, started)
@@ -421,7 +424,8 @@ class _Block:
 
         def renew(anew: Any) -> tuple[Any, Any]:
             mask[0] = anew
-            sweeps.gathered(self.nodes, mask, x, y, lanes)
+            sweeps.gathered(self.nodes, mask, share, x, y, lanes)
+            share[mask != 0] = 1
             residual(w, True)
             sweeps.taken(mask, w, r, lanes)
             found = sums[1] * factor
@@ -435,7 +439,7 @@ class _Block:
         lost = ~(bound < largest) & (steps > 0)
         before = (found if added else start)[:, lost].copy() if lost.any() else None
         size[:width] *= done.unit[place]
-        sweeps.left(self.nodes, y, x, size.reshape(1, -1), found, summed, added, lanes)
+        sweeps.left(self.nodes, y, share, x, size.reshape(1, -1), found, summed, added, lanes)
         if before is not None:
             found[:, lost] = before
         if found is not wanted:

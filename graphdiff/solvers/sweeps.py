@@ -29,6 +29,8 @@ from graphdiff.operators.rows import block
 SOON = 12
 # So many edges ahead a row of many signals is asked for; bytes of a line of the cache.
 FAR, LINE = 32, 64
+# Nodes of which it is asked what a start is worth, and what share of it is as good as all.
+SAMPLED, NEARLY = 4096, 0.9
 # Rows of a group, and the number of edges with which a row belongs to none.
 GROUP, LONG = 8, 16
 EIGHT, FOUR = (0,) * GROUP, (0,) * 4
@@ -248,6 +250,18 @@ def larger(typing: Any, a: Any, b: Any) -> Any:
         return builder.select(builder.fcmp_ordered("<", *args), args[1], args[0])
 
     return a(a, a), code
+
+
+@intrinsic
+def some(typing: Any, a: Any) -> Any:
+    """Whether any lane is not 0."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        nothing = ir.Constant(args[0].type, [0.0] * a.count)
+        bits = builder.bitcast(builder.fcmp_unordered("!=", args[0], nothing), ir.IntType(a.count))
+        return builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
+
+    return types.boolean(a), code
 
 
 @intrinsic
@@ -576,36 +590,80 @@ def begun(nodes: Any, start: Any, unit: Any, y: Any, summed: bool, lanes: Any) -
         store(y, i, wide(load(start, i, lanes)) * scale * (1 / degree[i] if summed else 1.0))
 
 
+@compiled(error_model="numpy")
+def fitted(
+    rows: Any, nodes: Any, given: Any, unit: Any, y: Any, summed: bool, share: Any, lanes: Any
+) -> None:
+    """What of y [N, W], the start, to begin with, its `share` [1, W]: ⟨y, b⟩ / ⟨y, Ay⟩, for Ax = b symmetric.
+
+    No other multiple of y is nearer to the answer in the energy's norm. Of a signal that is its own start it
+    is 1 where the walk leaves it as it is, and 1 − µ where the walk carries it elsewhere. `SAMPLED` nodes are
+    asked, or all where a signal is 0 at these; and it is 1 unless it comes out well below.
+    """
+    (degree, mu, _), (starts, into, values), scale = nodes, rows, load(unit, uint64(0), lanes)
+    count, width = uint64(len(degree)), uint64(len(lanes))
+    every, found = max(count // uint64(SAMPLED), uint64(1)), np.zeros((4, len(lanes)))
+    for part in range(uint64(2)):
+        above = below = zeros(lanes)
+        for i in range(uint64(0), count, every):
+            here = load(y, i, lanes)
+            if mu[i] == 0 or not some(here):
+                continue
+            left = here - of_row(starts, into, values, y, i, lanes) * mu[i]
+            here = here * ((1.0 if summed else degree[i]) / mu[i])
+            above = above + here * (wide(load(given, i, lanes)) * scale)
+            below = below + here * (left * (degree[i] if summed else 1.0))
+        store(found, uint64(2) * part, above)
+        store(found, uint64(2) * part + uint64(1), below)
+        if every == uint64(1) or found[1].all():
+            break
+        every = uint64(1)
+    for k in range(width):
+        row = uint64(0) if found[1, k] != 0 else uint64(2)
+        ratio = found[row, k] / found[row + uint64(1), k]
+        share[0, k] = ratio if 0 <= ratio < NEARLY else 1.0
+
+
 @compiled
-def gathered(nodes: Any, mask: Any, x: Any, y: Any, lanes: Any) -> None:
-    """y ← y + x and x ← 0 where the mask is not 0."""
+def gathered(nodes: Any, mask: Any, share: Any, x: Any, y: Any, lanes: Any) -> None:
+    """y ← its share + x and x ← 0 where the mask is not 0."""
     (degree, _, node), chosen, nothing = nodes, load(mask, uint64(0), lanes), narrow(zeros(lanes), x)
+    own, which = load(share, uint64(0), lanes), wide(chosen)
     for i in range(uint64(len(degree))):
         a = uint64(int64(node[i, 1]))
-        here = load(x, a, lanes)
-        store(y, i, load(y, i, lanes) + wide(where(chosen, here, nothing)) * node[i, 0])
+        here, before = load(x, a, lanes), load(y, i, lanes)
+        store(y, i, where(which, before * own + wide(here) * node[i, 0], before))
         store(x, a, where(chosen, nothing, here))
 
 
 @compiled(error_model="numpy")
 def residual(
-    rows: Any, nodes: Any, given: Any, unit: Any, y: Any, started: bool, w: Any, summed: bool, lanes: Any
+    rows: Any,
+    nodes: Any,
+    given: Any,
+    unit: Any,
+    y: Any,
+    share: Any,
+    started: bool,
+    w: Any,
+    summed: bool,
+    lanes: Any,
 ) -> None:
-    """w, in the symmetric system, the residual of y, in float64 from the walk itself.
+    """w, in the symmetric system, the residual of y's share, in float64 from the walk itself.
 
-    y [N, W], which is 0 if not `started`, is in float64, in units of 1/`unit` [1, W], and solves with the
-    walk that is stochastic by rows; `summed` says that `given` [N, W] is not for this but for its transpose,
-    which solves with D y.
+    y [N, W], which is 0 if not `started`, is in float64, in units of 1/`unit` [1, W], and its `share` [1, W]
+    solves with the walk that is stochastic by rows; `summed` says that `given` [N, W] is not for this but for
+    its transpose, which solves with D y.
     """
     (degree, mu, node), (starts, into, values) = nodes, rows
-    scale = load(unit, uint64(0), lanes)
+    scale, own = load(unit, uint64(0), lanes), load(share, uint64(0), lanes)
     for i in range(uint64(len(degree))):
         gain = degree[i] if summed else 1.0
         v = wide(load(given, i, lanes)) * scale
         if started:
-            v = v - (load(y, i, lanes) - of_row(starts, into, values, y, i, lanes) * mu[i]) * gain
-        share = node[i, 0] / (mu[i] * gain) * degree[i] if mu[i] > 0 else 0.0
-        store(w, uint64(int64(node[i, 1])), narrow(v * share, w))
+            v = v - (load(y, i, lanes) - of_row(starts, into, values, y, i, lanes) * mu[i]) * own * gain
+        scaled = node[i, 0] / (mu[i] * gain) * degree[i] if mu[i] > 0 else 0.0
+        store(w, uint64(int64(node[i, 1])), narrow(v * scaled, w))
 
 
 @compiled
@@ -795,10 +853,20 @@ def iterated(
 
 
 @compiled
-def left(nodes: Any, y: Any, x: Any, unit: Any, found: Any, summed: bool, added: bool, lanes: Any) -> None:
-    """y + x in the units of the right-hand sides, added to `found` [N, W] or in its place."""
-    (degree, _, node), scale = nodes, load(unit, uint64(0), lanes)
+def left(
+    nodes: Any,
+    y: Any,
+    share: Any,
+    x: Any,
+    unit: Any,
+    found: Any,
+    summed: bool,
+    added: bool,
+    lanes: Any,
+) -> None:
+    """y's share + x in the units of the right-hand sides, added to `found` [N, W] or in its place."""
+    (degree, _, node), scale, own = nodes, load(unit, uint64(0), lanes), load(share, uint64(0), lanes)
     for i in range(uint64(len(degree))):
-        here = load(y, i, lanes) + wide(load(x, uint64(int64(node[i, 1])), lanes)) * node[i, 0]
+        here = load(y, i, lanes) * own + wide(load(x, uint64(int64(node[i, 1])), lanes)) * node[i, 0]
         value = here * (degree[i] if summed else 1.0) * scale
         store(found, i, narrow(wide(load(found, i, lanes)) + value if added else value, found))

@@ -624,3 +624,75 @@ def test_without_numba_auto_takes_cg_and_the_error_says_what_to_install():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["CG()", "solver: SSOR needs numba; pip install numba, or use CG()"]
+
+
+def begun(P, mu, start, given, transposed=False, width=1):
+    """The share of a start that SSOR begins with."""
+    from graphdiff.solvers import sweeps
+
+    nodes = P.shape[-1]
+    _, _, _, found = triangles(P, mu)
+    state = SSOR.prepare(P, torch.as_tensor(mu, **f64).reshape(-1, 1))
+    # `summed` solves for D⁻¹ of the transposed system's answer.
+    degree = torch.from_numpy(state.degree).unsqueeze(-1)
+    y, share = (
+        (start / degree if transposed else start).expand(nodes, width).numpy().copy(),
+        np.ones((1, width)),
+    )
+    b, unit = given.expand(nodes, width).numpy().copy(), np.full((1, width), 1.0)
+    known = state.degree, found.mu, found.node
+    sweeps.fitted(state.rows, known, b, unit, y, transposed, share, (0,) * width)
+    return torch.from_numpy(share[0])
+
+
+@with_numba
+@settings(max_examples=40)
+@given(
+    st.integers(3, 30),
+    st.integers(0, 2**20),
+    st.sampled_from([0.3, 0.85, 0.99]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([1, 8]),
+)
+def test_no_other_multiple_of_the_start_is_nearer_in_energy(nodes, seed, mu, each, transposed, width):
+    P, generator = weighted(nodes, seed), torch.Generator().manual_seed(seed)
+    mu = (
+        (0.1 + 0.9 * torch.rand(nodes, 1, generator=generator, **f64)) * mu
+        if each
+        else torch.tensor(mu, **f64)
+    )
+    s = torch.rand(nodes, 1, generator=generator, **f64)
+    b, matrix = (1 - mu) * s, (P.T if transposed else P).dense()
+    M = mu.expand(nodes, 1)
+    D = P.log_degree.double().exp().unsqueeze(-1)
+    # DM⁻¹(I − MP) is symmetric; for Pᵀ = DPD⁻¹ M⁻¹(I − MPᵀ)D is, which acts on D⁻¹y.
+    weight = (1 / (D * M)) if transposed else D / M
+    A = torch.eye(nodes, **f64) - M * matrix
+    exact = (s * weight * b).sum() / (s * weight * (A @ s)).sum()
+    exact = exact if 0 <= exact < 0.9 else torch.ones_like(exact)
+    torch.testing.assert_close(begun(P, mu, s, b, transposed, width), exact.expand(width), rtol=1e-9, atol=0)
+
+
+@with_numba
+def test_a_start_is_worth_what_a_sample_says_and_a_seed_1_less_mu(monkeypatch):
+    nodes, mu = 9000, 0.9
+    rng = np.random.default_rng(0)
+    ends = rng.integers(nodes, size=(2, 4 * nodes))
+    A = sparse.csr_array((np.ones(4 * nodes), ends), shape=(nodes, nodes))
+    A = A - sparse.diags_array(A.diagonal())
+    P = gd.SparseTransition.from_scipy(((A + A.T) != 0).astype(float).tocsr())
+    flat, noise, seed = (
+        torch.ones(nodes, 1, **f64),
+        torch.from_numpy(rng.normal(size=(nodes, 1))),
+        torch.zeros(nodes, 1, **f64),
+    )
+    seed[4321] = 2
+    for transposed in (False, True):
+        assert begun(P, mu, seed, (1 - mu) * seed, transposed).item() == pytest.approx(1 - mu)
+        assert begun(P, mu, noise, (1 - mu) * noise, transposed).item() == pytest.approx(1 - mu, rel=0.2)
+    assert begun(P, mu, flat, (1 - mu) * flat).item() == 1
+    assert int(gd.solve(P, flat, mu, solver=SSOR).steps) == 0
+    # An answer that is there already is not spoilt.
+    y = gd.solve(P, noise, mu, tol=1e-12, solver=SSOR).value
+    assert int(gd.solve(P, noise, mu, tol=1e-9, initial=y, solver=SSOR).steps) == 0
