@@ -15,25 +15,15 @@ from torch import Tensor
 
 from graphdiff.memory import empty
 from graphdiff.operators.compiled import compiled
+from graphdiff.operators.lanes import load, soon, store, zeros
 from graphdiff.operators.threads import in_team, shared, taken, worthwhile
-from graphdiff.solvers.sweeps import ahead, load, store, zeros
 
 # Signals beside each other: for each of these numbers code is compiled once.
 WIDTHS = 32, 28, 24, 20, 16, 12, 8, 4, 3, 2, 1
-# So many edges ahead a row is asked for: rows lie anywhere in memory. Numbers in a line of the cache.
-SOON, LINE = 32, 8
+# So many edges ahead a row is asked for: rows lie anywhere in memory.
+SOON = 32
 # Rows that a thread takes at a time.
 TAKEN = 256
-
-
-@compiled(inline="always")
-def _ask(x: Any, row: int, first: int, lanes: Any) -> None:
-    """For columns of a row of x from the `first` on, where they are more than half a line."""
-    if len(lanes) <= LINE // 2:
-        return
-    place = row * uint64(x.shape[1]) + uint64(first)
-    for line in range(uint64(0), uint64(len(lanes)), uint64(LINE)):
-        ahead(x, place + line)
 
 
 @compiled
@@ -48,7 +38,7 @@ def _product(
         for i in range(begin, min(begin + some, count)):
             total = zeros(lanes)
             for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
-                _ask(y, uint64(nodes[min(e + uint64(SOON), last)]), first, lanes)
+                soon(signals, nodes, min(e + uint64(SOON), last), lanes)
                 total = total + load(signals, uint64(nodes[e]), lanes) * values[e]
             store(into, i, total)
         begin = some * uint64(taken(counter))
@@ -70,7 +60,7 @@ def _transposed(starts: Any, nodes: Any, values: Any, v: Any, found: Any, first:
         leaving = load(signals, i, lanes)
         for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
             j = uint64(nodes[e])
-            _ask(found, uint64(nodes[min(e + uint64(SOON), last)]), first, lanes)
+            soon(into, nodes, min(e + uint64(SOON), last), lanes)
             store(into, j, load(into, j, lanes) + leaving * values[e])
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types, uint64
-from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 from graphdiff.memory import HUGE, lent
 from graphdiff.operators.compiled import compiled
+from graphdiff.operators.lanes import LINE, ahead
 
 # Colours counted apart; nodes beyond them share the last, which costs speed and no more.
 COLOURS = 256
@@ -23,8 +23,6 @@ OWN, OTHER = 62, 63
 SOON = 12
 # Equal numbers that are written at once.
 AT_ONCE = 16
-# Bytes of a cache line, where each array of a block begins.
-LINE = 64
 
 
 def block(*parts: tuple[int, Any]) -> list[Any]:
@@ -177,23 +175,6 @@ def symmetric(starts: Any, nodes: Any, weights: Any) -> bool:
 
 
 @intrinsic
-def asked(typing: Any, x: Any, place: Any) -> Any:
-    """Ask for the line of an array where a number stands that is read soon."""
-
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
-        data = context.make_array(x)(context, builder, args[0]).data
-        line = builder.bitcast(builder.gep(data, [args[1]]), byte)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        to_read, into_all_caches, of_data = number(0), number(3), number(1)
-        called = get_or_insert_function(builder.module, kind, "llvm.prefetch")
-        builder.call(called, [line, to_read, into_all_caches, of_data])
-        return context.get_dummy_value()
-
-    return types.none(x, place), code
-
-
-@intrinsic
 def _lowest(typing: Any, bits: Any) -> Any:
     """The number of the lowest bit that is set; one must be."""
 
@@ -233,7 +214,7 @@ def _coloured(starts: Any, nodes: Any, order: Any) -> tuple[Any, Any, bool]:
     seen, own, other = uint64(0), uint64(1) << uint64(OWN), uint64(1) << uint64(OTHER)
     for a in range(count):
         i = uint64(order[a])
-        asked(nodes, uint64(starts[uint64(order[min(a + uint64(SOON), last)])]))
+        ahead(nodes, uint64(starts[uint64(order[min(a + uint64(SOON), last)])]))
         bit[i] = OWN
         bits = other
         for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
@@ -269,8 +250,8 @@ def ordered(starts: Any, nodes: Any) -> Any:
     order, longest = _by_degree(starts)
     colour, numbers, looped = _coloured(starts, nodes, order)
     count, last = uint64(len(order)), uint64(len(order)) - uint64(1)
-    # Those of one degree by their edges ahead, to later colours; `place` is 0 before and after.
-    ahead, place = np.empty(count, np.uint32), np.zeros(longest + 2, np.uint32)
+    # Those of one degree by their edges to later colours; `place` is 0 before and after.
+    onward, place = np.empty(count, np.uint32), np.zeros(longest + 2, np.uint32)
     lined = np.empty(count, np.uint32)
     first, a = uint64(0), uint64(0)
     while first < count:
@@ -278,21 +259,21 @@ def ordered(starts: Any, nodes: Any) -> Any:
         degree = uint64(starts[i + uint64(1)]) - uint64(starts[i])
         while a < count:
             i = uint64(order[a])
-            asked(nodes, uint64(starts[uint64(order[min(a + uint64(SOON), last)])]))
+            ahead(nodes, uint64(starts[uint64(order[min(a + uint64(SOON), last)])]))
             begin, end = uint64(starts[i]), uint64(starts[i + uint64(1)])
             if end - begin != degree:
                 break
             later, own = uint64(0), colour[i]
             for e in range(begin, end):
                 later += uint64(colour[uint64(nodes[e])] >= own)
-            ahead[a] = later
+            onward[a] = later
             place[later + uint64(1)] += np.uint32(1)
             a += uint64(1)
         place[0] = first
         for k in range(degree):
             place[k + uint64(1)] += place[k]
         for b in range(first, a):
-            k = uint64(ahead[b])
+            k = uint64(onward[b])
             lined[uint64(place[k])] = order[b]
             place[k] += np.uint32(1)
         for k in range(degree + uint64(2)):

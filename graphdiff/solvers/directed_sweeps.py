@@ -14,21 +14,23 @@ import numpy as np
 from numba import uint64
 
 from graphdiff.operators.compiled import compiled
-from graphdiff.operators.rows import block, ordered
-from graphdiff.solvers.sweeps import (
-    SOON,
+from graphdiff.operators.lanes import (
     ahead,
-    four_rows,
     larger,
     load,
     magnitude,
     narrow,
-    sized,
     store,
-    taken,
     where,
     wide,
     zeros,
+)
+from graphdiff.operators.rows import block, ordered
+from graphdiff.solvers.sweeps import (
+    SOON,
+    four_rows,
+    sized,
+    taken,
 )
 
 __all__ = [

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graphdiff.operators.compiled import compiled
 from graphdiff.operators.edges import columns
-from graphdiff.solvers.sweeps import larger, load, magnitude, store, zeros
+from graphdiff.operators.lanes import larger, load, magnitude, store, zeros
 
 
 # A call would count references to the array for every node.

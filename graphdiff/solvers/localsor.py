@@ -24,9 +24,9 @@ import numpy as np
 from numba import float32, njit, uint8, uint64
 
 from graphdiff.operators.compiled import compiled
+from graphdiff.operators.lanes import load, store, wide, zeros
 from graphdiff.operators.rows import ordered
 from graphdiff.solvers.push import EDGES, PART, Array, Columns
-from graphdiff.solvers.sweeps import load, store, wide, zeros
 
 TOUCHED, OPENED, QUEUED = uint8(1), uint8(2), uint8(4)
 # How a stage of pushing ends.
