@@ -29,6 +29,7 @@ from graphdiff.operators.rows import block, ordered
 from graphdiff.solvers.sweeps import (
     SOON,
     four_rows,
+    of_row,
     sized,
     taken,
 )
@@ -165,24 +166,6 @@ def gathered(place: Any, mask: Any, x: Any, best: Any, y: Any, lanes: Any) -> No
         store(x, a, where(chosen, nothing, here))
 
 
-# A call would count references to the arrays of `rows` for every node, which takes three times as long.
-@compiled(inline="always")
-def remainder(
-    rows: Any, mu: float, given: Any, scale: Any, y: Any, started: bool, gain: float, i: int, lanes: Any
-) -> Any:
-    """Node i's residual of y, in float64: `scale` times `given` less `gain` times (I − MP)y.
-
-    P is given by its rows; y [N, W] is 0 if not `started`.
-    """
-    (starts, into, values), v = rows, wide(load(given, i, lanes)) * scale
-    if started:
-        walked = zeros(lanes)
-        for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
-            walked = walked + load(y, uint64(into[e]), lanes) * values[e]
-        v = v - (load(y, i, lanes) - walked * mu) * gain
-    return v
-
-
 @compiled
 def residual(
     rows: Any,
@@ -207,10 +190,13 @@ def residual(
     order are those of the nodes, and `inverse` is 1/δ in the order.
     """
     scale, (starts, numbers, values) = load(unit, uint64(0), lanes), lower
+    begins, into, steps = rows
     # The walk's rows as they lie in memory; in the order they would lie anywhere.
     for i in range(uint64(len(place))):
         a = uint64(place[i])
-        v = remainder(rows, mu[i], given, scale, y, started, 1.0, i, lanes)
+        v = wide(load(given, i, lanes)) * scale
+        if started:
+            v = v - (load(y, i, lanes) - of_row(begins, into, steps, y, i, lanes) * mu[i])
         store(r, a, narrow(v * inverse[a], r))
     a0 = zeros(lanes)
     a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
