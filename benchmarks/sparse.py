@@ -9,8 +9,8 @@ its true error at most 1e-6, found before the timing: something that no user kno
 says what it reached. Many signals are given to those peers alone that for one take less than three times as
 long as the best. Seconds are medians, all methods in turn in a round, each after a pause in which threads of
 the one before stop waiting for more, on one thread, or on as many as --threads says: torch makes use of them,
-scipy in its inner products alone. "Not compiled" is CG, or BiCGSTAB on a directed graph: what ours is about
-without numba.
+scipy in its inner products alone. "Not compiled" is CG, or BiCGSTAB on a directed graph, and whatever
+it rests on, without numba.
 
     python benchmarks/sparse.py [--data FOLDER] [--peers NAME ...] [--rounds 5] [--side 300]
         [--sides 500 1000 2000] [--slow] [--threads 1]
@@ -29,9 +29,11 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import scipy.sparse as sp
@@ -41,11 +43,21 @@ from scipy.sparse.linalg import LinearOperator, bicgstab, cg, splu
 from threadpoolctl import threadpool_limits
 
 import graphdiff as gd
+from graphdiff.operators import sparse
+from graphdiff.solvers import base
 
 GRAPHS = ("email-Enron", "musae_git", "wing", "soc-Slashdot0902")
 MUS = (0.85, 0.99)
 ERROR, SEEDS, FAR, PAUSE = 1e-6, 32, 3.0, 0.1
 PEERS = {"networkx": "networkx", "igraph": "igraph", "sknetwork": "scikit-network", "torch_geometric": "PyG"}
+
+
+def without_numba(call, *arguments):
+    """What a call does where numba is not installed."""
+    with ExitStack() as patched:
+        for module, name in ((sparse, "_compiled"), (sparse, "_edges"), (base, "_compiled")):
+            patched.enter_context(mock.patch.object(module, name, return_value=None))
+        return call(*arguments)
 
 
 def row(*cells):
@@ -297,7 +309,7 @@ def compared(name, A, directed, options, *, transposed, mesh):
                     continue
                 calls, names, errors = [*calls, partial(call, amount)], [*names, label], [*errors, error]
             mine = partial(ours, A, S, mu, transposed)
-            plain = partial(mine, gd.solvers.BiCGSTAB() if directed else gd.solvers.CG())
+            plain = partial(without_numba, mine, gd.solvers.BiCGSTAB() if directed else gd.solvers.CG())
             solution, slower = mine(), plain()
             build, whole, uncompiled, *others = timed(
                 options.rounds, [partial(gd.SparseTransition.from_scipy, A), mine, plain, *calls]
