@@ -26,7 +26,6 @@ from graphdiff.solvers.base import (
     carry_on,
     check_reversible,
     remaining_of,
-    steps_to,
 )
 from graphdiff.solvers.cg import LOSS, Weighted, started
 from graphdiff.solvers.chebyshev import Chebyshev
@@ -52,9 +51,10 @@ BURST = 10**8
 
 
 class Triangles(NamedTuple):
-    """What is made of a walk for one µ [N]: what `split` of the compiled sweeps returns."""
+    """What is made of a walk for one µ [N]: the largest of it, and what the compiled `split` returns."""
 
     mu: Any
+    largest: float
     lower: Any
     upper: Any
     node: Any
@@ -63,7 +63,7 @@ class Triangles(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """The operator, µ, log d − max log d [N, 1], d and rows, triangles, and memory to sweep in.
+    """The operator, µ, log d − max log d [N, 1] and its least, d and rows, triangles, and memory to sweep in.
 
     Rows, CSR's three arrays, are those of the walk that is stochastic by rows. Triangles are one for each µ,
     in the order of its leading dimensions and channels. New memory for every few signals would cost as much
@@ -73,6 +73,7 @@ class Swept(NamedTuple):
     operator: Transition
     mu: Tensor
     log_weight: Tensor
+    least: float
     degree: Any
     rows: tuple[Any, Any, Any]
     triangles: list[Triangles]
@@ -134,17 +135,19 @@ class SSOR(Solver):
         sweeps = _sweeps()
         if sweeps is None:
             raise ImportError("solver: SSOR needs numba; pip install numba, or use CG()")
-        log_weight = log_degree - log_degree.amax(-2, keepdim=True)
-        degree = log_weight.squeeze(-1).double().clamp(min=LEAST).exp().numpy()
+        low, high = log_degree.aminmax()
+        log_weight, least = log_degree - high, max(float(low - high), LEAST)
+        degree = log_weight.squeeze(-1).double().clamp(min=LEAST).exp_().numpy()
         P = operator.to_scipy()
         order, looped = operator.sweep_order()
-        rows, even = (P.indptr, P.indices, P.data), bool(degree.min() >= EVEN)
+        rows, even = (P.indptr, P.indices, P.data), math.exp(least) >= EVEN
         triangles = []
         for m, remaining in each_mu(operator, mu):
-            dtype = np.float32 if even and 1 - m.max() >= NEAR else np.float64
+            largest = float(m[0] if mu.shape[-2] == 1 else m.max())
+            dtype = np.float32 if even and 1 - largest >= NEAR else np.float64
             found = sweeps.split(*rows, order, looped, degree, m, remaining, dtype)
-            triangles.append(Triangles(m, *found))
-        return Swept(operator, mu, log_weight, degree, rows, triangles, {})
+            triangles.append(Triangles(m, largest, *found))
+        return Swept(operator, mu, log_weight, least, degree, rows, triangles, {})
 
     def transposed(self, state: Swept) -> Swept:
         """The same triangles: I − MPᵀ = M S D⁻¹ where I − MP = M D⁻¹ S."""
@@ -155,7 +158,7 @@ class SSOR(Solver):
         operator, mu, log_weight = state[:3]
         batch = checks.broadcast_batch([operator.shape[:-2], rhs.shape[:-2], mu.shape[:-2]], "P, s and µ")
         nodes, channels = rhs.shape[-2:]
-        given, start, unit, pinned = rhs, initial, torch.ones_like(target), bool((mu == 0).any())
+        given, start, unit, pinned = rhs, initial, torch.ones_like(target), not bool(mu.all())
         y = empty((*batch, nodes, channels), rhs)
         if pinned:
             # Where µ_i = 0 the answer is b_i; started there, nothing is left to do for it.
@@ -171,8 +174,8 @@ class SSOR(Solver):
         sizes = [found.lower[2].itemsize for found in state.triangles]
         steps, unfinished = sweep_all(sweep, mu, sizes, (given, start, y), state.memory, done)
         # A product and a triangle for the residual of the start and of each renewal.
-        renewals = torch.from_numpy(done.renewals).reshape(steps.shape)
-        reached = Iterate(y, steps, steps + (3 * renewals + 4) // 2)
+        matvecs = torch.from_numpy(done.steps + (3 * done.renewals + 4) // 2)
+        reached = Iterate(y, steps, matvecs.reshape(steps.shape))
         return carry_on(Chebyshev(), Problem(operator, mu), rhs, reached, unfinished, target, limits)
 
 
@@ -353,7 +356,7 @@ class _Block:
     """The memory for a line of signals, and what is swept in it."""
 
     def __init__(self, state: Swept, line: Line, memory: dict[Any, Any]) -> None:
-        operator, mu, log_weight, degree, self.rows, triangles, _ = state
+        operator, mu, _, least, degree, self.rows, triangles, _ = state
         number, self.width, self.place = line.number, line.width, (line.place, line.part)
         self.triangles = found = triangles[number]
         self.nodes = degree, found.mu, found.node
@@ -361,15 +364,14 @@ class _Block:
         dtype = found.lower[2].dtype
         self.most = max(1, BURST // (self.width * (edges + nodes)))
         self.summed = operator.stochastic == "columns"
-        remaining = remaining_of(operator, mu)
-        remaining = remaining.expand(*mu.shape[:-2], remaining.shape[-2], mu.shape[-1]).amin(-2).reshape(-1)
-        self.factor = 1 / float(remaining[number]) if self.summed else found.bound
-        largest = mu.amax(-2).double().reshape(-1)[number]
-        condition = 1 + largest**2 / (1 - largest)
-        self.rate = (condition.sqrt() - 1) / (condition.sqrt() + 1)
-        theory = steps_to(torch.tensor(FALLEN), torch.tensor(1.0), self.rate)
-        self.often = min(max(3 * int(theory) // 4, 1), MOST)
-        self.spread = float(log_weight.amin().double().clamp(min=LEAST).mul(0.5).exp())
+        self.factor = found.bound
+        if self.summed:
+            self.factor = 1 / float(remaining_of(operator, mu).reshape(-1)[number])
+        # In Python's numbers: each call of torch would take as long as hundreds of edges.
+        root = math.sqrt(1 + found.largest * found.largest / (1 - found.largest))
+        self.rate = (root - 1) / (root + 1)
+        self.often = min(max(3 * _steps_to(FALLEN, 1.0, self.rate) // 4, 1), MOST)
+        self.spread = math.exp(least / 2)
         kind = self.width, dtype
         if kind not in memory:
             parts = _sweeps().block((nodes * self.width, np.float64), *[(nodes * self.width, dtype)] * 5)
@@ -408,12 +410,12 @@ class _Block:
         target[:width] = done.target[place]
         bound = sums[1] * factor
         # Theory's count, from the energy's norm to the promise's and back; rounding delays it, hence twice.
-        goal, now = (torch.from_numpy(v) for v in (self.spread * target / 2, bound))
-        limit = (10 + 2 * steps_to(goal, now, self.rate)).numpy()
+        goals = zip((self.spread * target / 2).tolist(), bound.tolist(), strict=True)
+        limit = np.array([10 + 2 * _steps_to(goal, now, self.rate) for goal, now in goals])
         if done.limit is not None:
             limit[:width] = np.minimum(limit[:width], done.limit[place])
         # Halving the error takes no more than this, if the energy's norm sees it.
-        patience = 10 + steps_to(torch.ones_like(now), torch.full_like(now, 8.0), self.rate).numpy()
+        patience = np.full(self.width, 10 + _steps_to(1.0, 8.0, self.rate))
         steps, halved_at = (np.zeros(self.width, np.int64) for _ in range(2))
         active, halved, largest = (bound > target) & (limit > 0), bound.copy(), self.loss * bound
         numbers = (active, steps, square, bound, halved, halved_at, target, factor, largest, limit, patience)
@@ -444,6 +446,13 @@ class _Block:
             found[:, lost] = before
         if found is not wanted:
             wanted[:] = found[:, :width]
+
+
+def _steps_to(target: float, bound: float, rate: float) -> int:
+    """`steps_to` for single numbers."""
+    if not (0 < target < bound < math.inf and rate > 0 and target / bound > 0):
+        return 0
+    return math.ceil(math.log(target / bound) / math.log(rate))
 
 
 def fits(operator: Transition) -> bool:
