@@ -231,22 +231,18 @@ def norm_of(operator: Transition) -> Norm:
 
 def size(x: Tensor, norm: Norm, scratch: Tensor | None = None) -> Tensor:
     """‖x‖ over the nodes of each right-hand side, [..., 1, K]; `scratch`, like x, is written over."""
-    sizes = measured(x, x.new_ones(1, 1), norm)
-    if sizes is not None:
-        return sizes[2]
+    if _long(x):
+        found: Tensor | None = _compiled().sized(x, norm == "one")
+        if found is not None:
+            return found
     magnitude = torch.abs(x, out=scratch)
     return magnitude.sum(-2, keepdim=True) if norm == "one" else extreme(torch.amax, magnitude)
 
 
-def measured(
-    b: Tensor, inverse: Tensor, norm: Norm, started: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-) -> Tensor | None:
-    """Of `evidence.measured`, for long vectors on the CPU where numba is installed and numbers are finite."""
-    long = b.device.type == "cpu" and b.dtype == torch.float64 and b.shape[-2] >= LONG
-    if not long or _compiled() is None:
-        return None
-    found: Tensor | None = _compiled().measured(b, inverse, norm == "one", started)
-    return found
+def _long(x: Tensor) -> bool:
+    """Whether the compiled passes are there for it: long vectors, in float64 on the CPU."""
+    long = x.device.type == "cpu" and x.dtype == torch.float64 and x.shape[-2] >= LONG
+    return long and _compiled() is not None
 
 
 @functools.cache
@@ -542,6 +538,22 @@ def _solve_some(
     return Certified(x, *evidence, best.product)
 
 
+class Evidence(NamedTuple):
+    """What is known of an answer, [..., 1, K] each.
+
+    All entries of x* − x lie between low and high, extra apart for rounding; in the 1-norm, so do the sums of
+    its negative and of its positive ones. The size is that of x, or of b where x = 0; the rounding is what
+    the bound owes to extra.
+    """
+
+    low: Tensor
+    high: Tensor
+    extra: Tensor
+    size: Tensor
+    bound: Tensor
+    rounding: Tensor
+
+
 class _Best:
     """The best answer so far and what is known of it; at first x = 0, whose residual is b."""
 
@@ -560,19 +572,16 @@ class _Best:
         self.x, self.residual = self.nothing, rhs
         self.room, self.scratch = room, room.scratch
         self.remaining = remaining_of(operator, mu)
-        self.least = self.remaining.amin(-2, keepdim=True)
+        self.least = self.remaining if self.norm == "one" else self.remaining.amin(-2, keepdim=True)
         self.inverse = 1 / self.remaining
         self.initial = initial
-        found = measured(rhs, self.inverse, self.norm)
-        if found is None:
-            low, high, self.rhs_size = *self._interval(rhs), size(rhs, self.norm, self.scratch)
-        else:
-            low, high, self.rhs_size = self._told(found)
-        extra = self._arithmetic(low, high)
-        self.rounding = _interval_norm(-extra, extra, self.norm)
-        low, high = low - extra, high + extra
-        self.lower, self.upper = low.expand_as(rhs), high.expand_as(rhs)
-        self.bound = _interval_norm(low, high, self.norm)
+        known = self._compiled_evidence(operator, None)
+        if known is None:
+            low, high = self._interval(rhs)
+            known = self._concluded(low, high, size(rhs, self.norm, self.scratch), 0.0)
+        self.rhs_size, self.bound, self.rounding = known.size, known.bound, known.rounding
+        self.lower = (known.low - known.extra).expand_as(rhs)
+        self.upper = (known.high + known.extra).expand_as(rhs)
         self.untouched = self.bound > allowed
         self.matvecs = torch.zeros(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
         self.precise = {operator.dtype: operator}
@@ -596,35 +605,18 @@ class _Best:
     def judge(self, candidate: Tensor, asked: Tensor, precision: torch.dtype) -> None:
         """Take the candidate where some are asked and better; one product computed in `precision`."""
         self.matvecs = self.matvecs + asked.squeeze(-2)
-        operator = self.precise.setdefault(precision, self.operator.to(precision))
-        residual, low, high, extra = self._evidence(operator, candidate)
-        bound = _interval_norm(low - extra, high + extra, self.norm)
-        # Every answer's interval holds, whether or not it is the best; node by node it is narrower than the
-        # bound, because the error is e = r + MPe, and what lies between low and high is not e alone but Pe.
-        # reach·(low − extra) − (1 − reach)·extra is reach·low − extra.
-        reach, walked = self._reach(operator), torch.add(candidate, residual, out=self.scratch)
+        if precision not in self.precise:
+            self.precise[precision] = self.operator.to(precision)
+        operator = self.precise[precision]
+        residual, known, compiled = self._evidence(operator, candidate)
+        bound, rounding = known.bound, known.rounding
         everyone = bool(asked.all())
-        ends = []
-        for end, best, share, narrower, place in (
-            (low, self.lower, -extra, torch.maximum, self.room.lower),
-            (high, self.upper, extra, torch.minimum, self.room.upper),
-        ):
-            # In its place, unless the best so far stands there.
-            found = None if best is place else place
-            if reach.shape[-2] == 1:
-                found = torch.add(walked, reach * end + share, out=found)
-            else:
-                found = torch.addcmul(walked, reach, end, out=found).add_(share)
-            if not everyone:
-                torch.where(asked, found, best, out=found)
-            ends.append(narrower(found, best, out=place))
-        self.lower, self.upper = ends
+        self._narrow(operator, candidate, residual, known, None if everyone else asked, compiled)
         # 0 may have the smaller bound, but unless it is the first guess it is nobody's answer: where it is
         # not good enough the solver's first takes its place, if that is not so large that 0 must be nearer.
         # What is known of x* holds for both.
         better, untouched = asked & (bound < self.bound), self.untouched
         self.untouched = untouched & ~asked
-        rounding = _interval_norm(-extra, extra, self.norm)
         if not bool(better.all()):
             worse = asked & untouched & ~better & (self.initial_size() > 0)
             if bool(worse.any()):
@@ -646,10 +638,50 @@ class _Best:
         self.x, self.residual, self.bound, self.rounding = candidate, residual, bound, rounding
         self.product = self.walked
 
-    def _evidence(self, operator: Transition, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The residual of x, bounds of x* − x, and what rounding adds to them, in the dtype of `rhs`.
+    def _narrow(
+        self,
+        operator: Transition,
+        x: Tensor,
+        residual: Tensor,
+        known: Evidence,
+        asked: Tensor | None,
+        compiled: bool,
+    ) -> None:
+        """Narrow the bounds of x* by the evidence of an x; where only some are `asked`, theirs alone."""
+        # Every answer's interval holds, whether or not it is the best; node by node it is narrower than the
+        # bound, because the error is e = r + MPe, and what lies between low and high is not e alone but Pe.
+        # reach·(low − extra) − (1 − reach)·extra is reach·low − extra.
+        reach, places = self._reach(operator), (self.room.lower, self.room.upper)
+        # Of one signal torch's passes take less time.
+        if compiled and asked is None and x.shape[-1] > 1:
+            # The first bounds are one number for all nodes.
+            best = [self.lower, self.upper]
+            if self.lower is not places[0]:
+                best = [bound[..., :1, :] for bound in best]
+            _compiled().narrowed(x, residual, reach, known[:3], best, places)
+            self.lower, self.upper = places
+            return
+        walked, ends = torch.add(x, residual, out=self.scratch), []
+        for end, before, share, narrower, place in (
+            (known.low, self.lower, -known.extra, torch.maximum, places[0]),
+            (known.high, self.upper, known.extra, torch.minimum, places[1]),
+        ):
+            # In its place, unless the best so far stands there.
+            found = None if before is place else place
+            # Compiled passes round in this order.
+            if reach.shape[-2] == 1:
+                found = torch.add(walked, reach * end + share, out=found)
+            else:
+                found = torch.mul(reach, end, out=found).add_(share).add_(walked)
+            if asked is not None:
+                torch.where(asked, found, before, out=found)
+            ends.append(narrower(found, before, out=place))
+        self.lower, self.upper = ends
 
-        The product and the residual are computed in the operator's dtype; bounds are [..., 1, K].
+    def _evidence(self, operator: Transition, x: Tensor) -> tuple[Tensor, Evidence, bool]:
+        """The residual of x, what follows from it, in the dtype of `rhs`, and whether that was compiled.
+
+        The product and the residual are computed in the operator's dtype.
         """
         dtype, rhs, y = operator.dtype, self.rhs, x.to(operator.dtype)
         walked = operator.matmul(y)
@@ -658,23 +690,32 @@ class _Best:
         into, same = self.room.residual, dtype == rhs.dtype
         if self.residual is into:
             into = torch.empty_like(into)
-        found = measured(rhs, self.inverse, self.norm, (self.mu, walked, x, into)) if same else None
-        if found is None:
-            out = into if same else None
-            narrow = torch.addcmul(rhs.to(dtype), self.mu.to(dtype), walked, out=out).sub_(y)
-            _ = narrow if same else into.copy_(narrow)
-            low, high, x_size = *self._interval(into), size(x, self.norm, self.scratch)
-        else:
-            low, high, x_size = self._told(found)
-        extra = self.slack(operator, x_size)
-        return into, low, high, extra + self._arithmetic(low, high)
+        found = self._compiled_evidence(operator, (self.mu, walked, x, into)) if same else None
+        if found is not None:
+            return into, found, True
+        out = into if same else None
+        narrow = torch.addcmul(rhs.to(dtype), self.mu.to(dtype), walked, out=out).sub_(y)
+        _ = narrow if same else into.copy_(narrow)
+        low, high, x_size = *self._interval(into), size(x, self.norm, self.scratch)
+        return into, self._concluded(low, high, x_size, self.slack(operator, x_size)), False
 
-    def _told(self, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The interval and the size that `measured` found."""
-        up, down, magnitude = found
-        if self.norm == "inf":
-            return -down, up, magnitude
-        return *self._masses(up, down), magnitude
+    def _compiled_evidence(
+        self, operator: Transition, started: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    ) -> Evidence | None:
+        """That of x = 0, or as in `evidence.judged`, where that finds numbers."""
+        product = 0.0 if started is None else operator.rounding(operator.dtype)
+        if isinstance(product, Tensor) or not _long(self.rhs):
+            return None
+        vectors = 0.0 if started is None else 2 * torch.finfo(operator.dtype).eps
+        known = self.least, None if started is None else self.rhs_size
+        units = self._terms(), float(product), vectors
+        found = _compiled().judged(self.rhs, self.inverse, known, self.norm == "one", units, started)
+        return None if found is None else Evidence(*found)
+
+    def _concluded(self, low: Tensor, high: Tensor, x_size: Tensor, slack: Tensor | float) -> Evidence:
+        extra = slack + self._terms() / self.least * _interval_norm(low, high, self.norm)
+        bound = _interval_norm(low - extra, high + extra, self.norm)
+        return Evidence(low, high, extra, x_size, bound, _interval_norm(-extra, extra, self.norm))
 
     def _interval(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Bounds of the entries of x* − x, both [..., 1, K]; in the 1-norm, masses below and above 0."""
@@ -695,10 +736,10 @@ class _Best:
         slack = operator.rounding(operator.dtype) * x_size + 2 * eps * (2 * x_size + self.rhs_size)
         return slack / self.least
 
-    def _arithmetic(self, low: Tensor, high: Tensor) -> Tensor:
-        """What rounding of the bounds can hide: quotients by 1 − µ, in the 1-norm sums of N terms."""
+    def _terms(self) -> float:
+        """What of the bounds rounding can hide: quotients by 1 − µ, in the 1-norm sums of N terms."""
         terms = 8 + (self.rhs.shape[-2] if self.norm == "one" else 0)
-        return terms * torch.finfo(self.rhs.dtype).eps / self.least * _interval_norm(low, high, self.norm)
+        return terms * torch.finfo(self.rhs.dtype).eps
 
     def _reach(self, operator: Transition) -> Tensor:
         """µ·rowsum, [..., 1 or N, 1 or K]: what of the bounds of e a walk passes on to each node."""

@@ -1,4 +1,4 @@
-"""The residual of an answer, and what its bounds are made of, in one pass over the vectors, compiled.
+"""The evidence of an answer, and the bounds of x* node by node, in one pass over the vectors each, compiled.
 
 Sums and maxima go node after node, for each signal by itself, so that its bits depend on no other.
 
@@ -16,6 +16,9 @@ from graphdiff.operators.compiled import compiled
 from graphdiff.operators.edges import columns
 from graphdiff.operators.lanes import larger, load, magnitude, store, zeros
 
+# What is found of each signal: `base.Evidence`, in its order.
+FOUND = 6
+
 
 # A call would count references to the array for every node.
 @compiled(inline="always")
@@ -26,23 +29,25 @@ def _times(a: Any, factor: Any, i: int, lanes: Any) -> Any:
 
 
 @compiled
-def _measured(
+def _judged(
     b: Any,
     walked: Any,
     x: Any,
     residual: Any,
     mu: Any,
     inverse: Any,
+    known: Any,
     started: bool,
     summed: bool,
+    units: Any,
     found: Any,
     first: int,
     lanes: Any,
-) -> None:
+) -> Any:
     """Columns of the residual b − x + µPx from the `first` on; if not `started`, x = 0 and it is b.
 
-    With q = r times `inverse`, `found` [4, K] are max q, max −q and max |x|, of b if not started; if `summed`
-    Σ r, Σ |r| and Σ |x|. And 0 if all of them are numbers.
+    With q = r times `inverse`, the evidence `found` [6, K] is made of max q, max −q and max |x|, of b if not
+    started; if `summed`, of Σ r, Σ |r| and Σ |x|. Returns whether all of it are finite numbers.
     """
     last = first + len(lanes)
     right, product, answer = b[:, first:last], walked[:, first:last], x[:, first:last]
@@ -70,23 +75,152 @@ def _measured(
     store(told, uint64(1), down)
     store(told, uint64(2), most)
     store(told, uint64(3), odd)
+    return _concluded(told, scale, known[:, first:last], summed, units)
 
 
-def measured(
-    b: Tensor, inverse: Tensor, summed: bool, started: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-) -> Tensor | None:
-    """What `_measured` finds for b [..., N, K], [3, ..., 1, K]; None where a number is not finite.
+@compiled
+def _concluded(told: Any, inverse: Any, known: Any, summed: bool, units: Any) -> Any:
+    """What `_Best` of `base` makes of the sums or maxima in its place, operation by operation."""
+    (terms, product, vectors), fine = units, True
+    for k in range(told.shape[1]):
+        up, down, size, odd = told[0, k], told[1, k], told[2, k], told[3, k]
+        least, b_size = known[0, k], known[1, k]
+        if summed:
+            half = 0.5 * inverse[0, k if inverse.shape[1] > 1 else 0]
+            low, high = (up - down) * half, (up + down) * half
+        else:
+            low, high = -down, up
+        apart = high - low if summed else max(abs(low), abs(high))
+        slack = (product * size + vectors * (2 * size + b_size)) / least
+        extra = slack + terms / least * apart
+        lowest, highest = low - extra, high + extra
+        told[0, k], told[1, k], told[2, k], told[3, k] = low, high, extra, size
+        told[4, k] = highest - lowest if summed else max(abs(lowest), abs(highest))
+        told[5, k] = extra + extra if summed else extra
+        fine = fine and odd == 0 and np.isfinite(told[4, k])
+    return fine
 
-    `inverse` is [..., 1 or N, 1 or K]. For x ≠ 0, `started` are such a µ, and like b Px, x and where the
-    residual goes, whose numbers lie beside each other.
+
+@compiled
+def _sized(x: Any, summed: bool, found: Any, first: int, lanes: Any) -> None:
+    """Columns of max |x| from the `first` on, if `summed` of Σ |x|, and 0 below where all are numbers."""
+    signals, told = x[:, first : first + len(lanes)], found[:, first : first + len(lanes)]
+    most = odd = zeros(lanes)
+    for i in range(uint64(len(signals))):
+        y = load(signals, i, lanes)
+        most = most + magnitude(y) if summed else larger(magnitude(y), most)
+        odd = odd + (y - y)
+    store(told, uint64(0), most)
+    store(told, uint64(1), odd)
+
+
+@compiled
+def _narrowed(
+    x: Any,
+    residual: Any,
+    reach: Any,
+    ends: Any,
+    lower: Any,
+    upper: Any,
+    below: Any,
+    above: Any,
+    first: int,
+    lanes: Any,
+) -> None:
+    """Columns of x + r + reach·low − extra, or `lower` where that is more, into `below`; so `above`.
+
+    `ends` are low, high and extra, [3, K].
+    """
+    last, share = first + len(lanes), reach
+    if reach.shape[1] > 1:
+        share = reach[:, first:last]
+    answer, left, told = x[:, first:last], residual[:, first:last], ends[:, first:last]
+    floor, ceiling = lower[:, first:last], upper[:, first:last]
+    bottom, top = below[:, first:last], above[:, first:last]
+    low, high, extra = (
+        load(told, uint64(0), lanes),
+        load(told, uint64(1), lanes),
+        load(told, uint64(2), lanes),
+    )
+    nothing = zeros(lanes)
+    for i in range(uint64(len(answer))):
+        best = i if len(floor) > 1 else uint64(0)
+        walked = load(answer, i, lanes) + load(left, i, lanes)
+        found = walked + (_times(low, share, i, lanes) - extra)
+        store(bottom, i, larger(found, load(floor, best, lanes)))
+        found = walked + (_times(high, share, i, lanes) + extra)
+        store(top, i, nothing - larger(nothing - found, nothing - load(ceiling, best, lanes)))
+
+
+def _arrays(x: Tensor) -> Any:
+    """[..., N, K] as [batch, N, K], whose numbers lie beside each other."""
+    numbers = x.numpy()
+    return np.ascontiguousarray(numbers.reshape(-1, *numbers.shape[-2:]))
+
+
+def sized(x: Tensor, summed: bool) -> Tensor | None:
+    """The maximum norm of each signal, or the 1-norm, [..., 1, K]; None where a number is not finite."""
+    vectors, channels = _arrays(x), x.shape[-1]
+    found = np.empty((len(vectors), 2, channels))
+    for vector, into in zip(vectors, found, strict=True):
+        for first, lanes in columns(channels):
+            _sized(vector, summed, into, first, lanes)
+    if found[:, 1].any():
+        return None
+    return torch.from_numpy(found[:, 0]).reshape(*x.shape[:-2], 1, channels)
+
+
+def judged(
+    b: Tensor,
+    inverse: Tensor,
+    known: tuple[Tensor, Tensor | None],
+    summed: bool,
+    units: tuple[float, float, float],
+    started: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...] | None:
+    """The evidence that `_judged` finds for b [..., N, K], [..., 1, K] each; None where it is not finite.
+
+    `inverse` is [..., 1 or N, 1 or K]. `known` are the least 1 − µ·rowsum, [..., 1, 1 or K], and the size of
+    b; `units` how much of the bounds, of the size of x, and of both sizes rounding may be. For x ≠ 0,
+    `started` are µ like `inverse`, and like b Px, x and where the residual goes, whose numbers lie beside
+    each other.
     """
     batch, channels = b.shape[:-2], b.shape[-1]
     mu, *others = (inverse, b, b, b) if started is None else started
-    found = b.new_empty(batch.numel(), 4, channels)
-    factors = [x.expand(*batch, *x.shape[-2:]) for x in (mu, inverse)]
-    arrays = [x.reshape(-1, *x.shape[-2:]).contiguous().numpy() for x in (b, *others, *factors)]
-    for place, into in enumerate(found.numpy()):
+    factors = [x.expand(*batch, *x.shape[-2:]) if batch else x for x in (mu, inverse)]
+    arrays = [_arrays(x) for x in (b, *others, *factors)]
+    # 1 − µ·rowsum and the size of b for each signal.
+    told = np.zeros((*batch, 2, channels))
+    for k, number in enumerate(known):
+        if number is not None:
+            told[..., k, :] = number.squeeze(-2).numpy()
+    arrays.append(told.reshape(-1, 2, channels))
+    found, fine = np.empty((len(arrays[0]), FOUND, channels)), True
+    for place, into in enumerate(found):
+        mine = [x[place] for x in arrays]
         for first, lanes in columns(channels):
-            _measured(*(x[place] for x in arrays), started is not None, summed, into, first, lanes)
-    *sizes, odd = found.reshape(*batch, 4, 1, channels).unbind(-3)
-    return None if bool(odd.any()) else torch.stack(sizes)
+            fine &= _judged(*mine, started is not None, summed, units, into, first, lanes)
+    return torch.from_numpy(found).reshape(*batch, FOUND, 1, channels).unbind(-3) if fine else None
+
+
+def narrowed(
+    x: Tensor,
+    residual: Tensor,
+    reach: Tensor,
+    ends: tuple[Tensor, Tensor, Tensor],
+    best: tuple[Tensor, Tensor],
+    into: tuple[Tensor, Tensor],
+) -> None:
+    """Puts the bounds of x* that `_narrowed` makes of the best so far, [..., 1 or N, K], into those like x.
+
+    `reach` is [..., 1 or N, 1 or K], the `ends` are low, high and extra of the evidence, [..., 1, K].
+    """
+    batch, channels = x.shape[:-2], x.shape[-1]
+    if batch:
+        reach = reach.expand(*batch, *reach.shape[-2:])
+    told = np.stack([_arrays(end)[:, 0] for end in ends], 1)
+    arrays = [*(_arrays(v) for v in (x, residual, reach)), told, *(_arrays(v) for v in (*best, *into))]
+    for place in range(len(told)):
+        mine = [v[place] for v in arrays]
+        for first, lanes in columns(channels):
+            _narrowed(*mine, first, lanes)

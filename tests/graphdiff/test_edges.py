@@ -16,6 +16,7 @@ from graphdiff.solvers import base
 edges = pytest.importorskip(
     "graphdiff.operators.edges", reason="numba, the extra [compiled], is absent", exc_type=ImportError
 )
+evidence = pytest.importorskip("graphdiff.solvers.evidence", exc_type=ImportError)
 
 
 def walk(nodes, degree=4, seed=0, symmetric=True):
@@ -83,15 +84,15 @@ def test_evidence_is_what_it_is_without_numba(long, transposed, mu, monkeypatch)
     shape = {"per node": [LONG, 1], "per channel": [1, 5]}.get(mu)
     if shape:
         mu = 0.5 + 0.4 * torch.rand(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    asked, taken = [], base.measured
+    asked, taken = [], evidence.judged
 
     def counted(*arguments):
         asked.append(taken(*arguments))
         return asked[-1]
 
-    monkeypatch.setattr(base, "measured", counted)
+    monkeypatch.setattr(evidence, "judged", counted)
     found = gd.solve(P, s, mu, tol=1e-8, solver=gd.solvers.Chebyshev())
-    assert len(asked) >= 3
+    assert len(asked) >= 2
     assert all(x is not None for x in asked)
     monkeypatch.setattr(base, "_compiled", lambda: None)
     plain = gd.solve(P, s, mu, tol=1e-8, solver=gd.solvers.Chebyshev())
@@ -117,31 +118,91 @@ def test_what_is_measured_depends_on_the_signal_alone(long, transposed):
         assert torch.equal(getattr(batch, name)[1], getattr(alone, name))
 
 
+def evidence_of(norm, vectors, mu, inverse, started):
+    """As found compiled, and by the passes of torch; the residual besides."""
+    least, into = (1 / inverse).amin(-2, keepdim=True), torch.empty_like(vectors["b"])
+    b_size = vectors["b"].abs().amax(-2, keepdim=True) if norm == "inf" else vectors["b"].abs().sum(-2, True)
+    known, units = (
+        (least, b_size if started else None),
+        (1e-12, 1e-13, 1e-14) if started else (1e-12, 0.0, 0.0),
+    )
+    given = (mu, vectors["walked"], vectors["x"], into) if started else None
+    found = evidence.judged(vectors["b"], inverse, known, norm == "one", units, given)
+    r, x = (vectors["b"], vectors["b"])
+    if started:
+        r, x = vectors["b"] + mu * vectors["walked"] - vectors["x"], vectors["x"]
+    q = r * inverse
+    if norm == "inf":
+        low, high, size = q.amin(-2, True), q.amax(-2, True), x.abs().amax(-2, True)
+        apart = torch.maximum(low.abs(), high.abs())
+    else:
+        low, high, size = q.clamp(max=0).sum(-2, True), q.clamp(min=0).sum(-2, True), x.abs().sum(-2, True)
+        apart = high - low
+    extra = (units[1] * size + units[2] * (2 * size + b_size)) / least + units[0] / least * apart
+    bound, rounding = apart + extra * (1 + (norm == "one")), extra * (1 + (norm == "one"))
+    return found, (low, high, extra, size, bound, rounding), (into, r)
+
+
+@pytest.mark.parametrize("norm", ["inf", "one"])
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "channels", "nodes", "batch"])
+def test_evidence_is_what_torch_finds_in_more_passes(norm, started, kind):
+    g = torch.Generator().manual_seed(1)
+    batch = (2,) if kind == "batch" else ()
+    vectors = {k: torch.randn(*batch, 50, 5, generator=g, dtype=torch.float64) for k in ("b", "walked", "x")}
+    shape = {"channels": (1, 5), "nodes": (50, 1), "batch": (2, 1, 1)}.get(kind, (1, 1))
+    mu = 0.2 + 0.7 * torch.rand(shape, generator=g, dtype=torch.float64)
+    inverse = 1 / (1 - (mu if norm == "inf" else mu.amax(-2, keepdim=True)))
+    found, expected, (into, r) = evidence_of(norm, vectors, mu, inverse, started)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=0)
+    if started:
+        assert torch.equal(into, r)
+
+
 @pytest.mark.parametrize("norm", ["inf", "one"])
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["b", "x", "walked"])
 def test_what_is_no_number_is_left_to_torch(norm, odd, where):
     vectors = {name: signals(LONG, 3, seed) for seed, name in enumerate(("b", "walked", "x"))}
-    inverse = torch.full((LONG, 1), 2.0, dtype=torch.float64)
+    inverse = torch.full((1, 1), 2.0, dtype=torch.float64)
     mu = torch.full((1, 1), 0.5, dtype=torch.float64)
-
-    def found():
-        into = torch.empty_like(vectors["b"])
-        return base.measured(vectors["b"], inverse, norm, (mu, vectors["walked"], vectors["x"], into)), into
-
-    sizes, residual = found()
-    expected = vectors["b"] + 0.5 * vectors["walked"] - vectors["x"]
-    torch.testing.assert_close(residual, expected)
-    if norm == "inf":
-        pair = 2 * expected.amax(0), -2 * expected.amin(0)
-    else:
-        pair = expected.sum(0), expected.abs().sum(0)
-    for measured, wanted in zip(sizes, (*pair, base.size(vectors["x"], norm)[0]), strict=True):
-        torch.testing.assert_close(measured[0], wanted)
+    assert evidence_of(norm, vectors, mu, inverse, True)[0] is not None
     vectors[where][5, 1] = odd
-    assert found()[0] is None
+    assert evidence_of(norm, vectors, mu, inverse, True)[0] is None
     if where == "b":
+        assert evidence_of(norm, vectors, mu, inverse, False)[0] is None
+        assert evidence.sized(vectors["b"], norm == "one") is None
         assert not base.size(vectors["b"], norm).isfinite().all()
+
+
+def test_a_bound_that_overflows_is_left_to_torch():
+    # Sums of finite numbers may be infinite.
+    vectors = {name: torch.full((LONG, 2), 1e305, dtype=torch.float64) for name in ("b", "walked", "x")}
+    one = torch.ones(1, 1, dtype=torch.float64)
+    assert evidence_of("one", vectors, 0.5 * one, 2 * one, True)[0] is None
+
+
+@pytest.mark.parametrize("kind", ["plain", "channels", "nodes", "batch"])
+def test_bounds_are_narrowed_to_the_bit_as_by_torch(kind):
+    g = torch.Generator().manual_seed(2)
+    batch, channels = (2,) if kind == "batch" else (), 5
+
+    def numbers(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    x, residual, before, after = (numbers(*batch, 50, channels) for _ in range(4))
+    shape = {"channels": (1, channels), "nodes": (50, 1), "batch": (2, 1, 1)}.get(kind, (1, 1))
+    reach, extra = numbers(shape).abs(), numbers(*batch, 1, channels).abs()
+    low, high = -numbers(*batch, 1, channels).abs(), numbers(*batch, 1, channels).abs()
+    wanted = (x + residual) + (reach * low - extra), (x + residual) + (reach * high + extra)
+    # Bounds of one number a signal, and those that are replaced.
+    for best in ((before[..., :1, :], after[..., :1, :]), (before.clone(), after.clone())):
+        expected = torch.maximum(wanted[0], best[0]), torch.minimum(wanted[1], best[1])
+        whole = best[0].shape == x.shape
+        into = best if whole else (torch.empty_like(x), torch.empty_like(x))
+        evidence.narrowed(x, residual, reach, (low, high, extra), best, into)
+        assert all(torch.equal(a, b) for a, b in zip(into, expected, strict=True))
 
 
 def test_an_answer_never_lies_in_the_memory_of_what_was_given():
