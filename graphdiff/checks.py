@@ -180,7 +180,10 @@ def mu(value: float | Tensor, signal_shape: torch.Size, device: torch.device) ->
         mu = torch.full((1, 1), float(value), dtype=dtype, device=device)
     else:
         raise TypeError(f"mu: expected a number or a tensor, got {type(value).__name__}")
-    _below_one(mu, "mu")
+    if mu.dtype == torch.float64 and not isinstance(value, Tensor):
+        _within(float(value), float(value), "mu")
+    else:
+        _below_one(mu, "mu")
     return mu
 
 
@@ -211,6 +214,10 @@ def _below_one(mu: Tensor, name: str) -> None:
     if mu.numel() == 0:
         return
     low, high = (float(end) for end in mu.detach().aminmax())
+    _within(low, high, name)
+
+
+def _within(low: float, high: float, name: str) -> None:
     if not 0 <= low <= high < 1:
         raise ValueError(
             f"{name}: expected 0 ≤ µ < 1, got values from {low:.6g} to {high:.6g}; "

@@ -356,13 +356,18 @@ def _interval_norm(low: Tensor, high: Tensor, norm: Norm) -> Tensor:
     return torch.maximum(low.abs(), high.abs()) if norm == "inf" else high - low
 
 
-def remaining_of(operator: Transition, mu: Tensor) -> Tensor:
-    """1 − µ·rowsum in the dtype of µ: node by node for rows; its smallest, [..., 1, K], for columns."""
+def reach_of(operator: Transition, mu: Tensor) -> Tensor:
+    """µ·rowsum: node by node for rows; its largest, [..., 1, K], for columns."""
     sums = operator.row_sums
     if norm_of(operator) == "one":
-        mu = mu.amax(-2, keepdim=True)
+        mu = mu.amax(-2, keepdim=True) if mu.shape[-2] > 1 else mu
         sums = sums.amax(-2, keepdim=True) if isinstance(sums, Tensor) else sums
-    return (1 - mu * sums).to(mu.dtype)
+    return mu * sums
+
+
+def remaining_of(operator: Transition, mu: Tensor) -> Tensor:
+    """1 − µ·rowsum in the dtype of µ: node by node for rows; its smallest, [..., 1, K], for columns."""
+    return (1 - reach_of(operator, mu)).to(mu.dtype)
 
 
 def steps_to(target: Tensor, bound: Tensor, rate: Tensor) -> Tensor:
@@ -502,8 +507,8 @@ def _solve_some(
         else:
             budget.taken = steps.unsqueeze(-2)
             found = solver.solve(state, b, guess, goal, budget.left(steps))
-        steps = steps + torch.where(pending.squeeze(-2), found.steps, 0)
-        best.matvecs = best.matvecs + torch.where(pending.squeeze(-2), found.matvecs, 0)
+        taken = pending.squeeze(-2)
+        steps, best.matvecs = steps + taken * found.steps, best.matvecs + taken * found.matvecs
         candidate, before = best.moved(found.x), best.bound
         if attempt == 0 and dtype != rhs.dtype:
             slack = best.slack(operator, best.initial_size())
@@ -511,17 +516,20 @@ def _solve_some(
             if bool(enough.any()):
                 best.judge(candidate, enough, dtype)
             pending = pending & ~(best.bound <= allowed)
-        asked = pending
+        asked, left = pending, True
         while bool(asked.any()):
             previous = best.bound
             best.judge(candidate, asked, rhs.dtype)
             pending = pending & ~(best.bound <= allowed)
-            if not bool(pending.any()):
+            left = bool(pending.any())
+            if not left:
                 break
             # x + r has µP times the error of x: where little is missing, one more product is enough.
             asked = asked & pending & (best.bound <= NEAR * allowed) & (best.bound < 0.9 * previous)
             asked = asked & (not budget.timed_out)
             candidate = best.x + best.residual
+        if not left:
+            break
         # Where a refinement no longer halves the bound, rounding has taken over and none will.
         pending = pending & (best.bound < 0.5 * before)
         if budget.max_steps is not None:
@@ -571,9 +579,10 @@ class _Best:
         self.nothing = rhs.new_zeros(()).expand_as(rhs)
         self.x, self.residual = self.nothing, rhs
         self.room, self.scratch = room, room.scratch
-        self.remaining = remaining_of(operator, mu)
-        self.least = self.remaining if self.norm == "one" else self.remaining.amin(-2, keepdim=True)
-        self.inverse = 1 / self.remaining
+        self.reach = reach_of(operator, mu)
+        remaining = (1 - self.reach).to(mu.dtype)
+        self.least = remaining if self.norm == "one" else remaining.amin(-2, keepdim=True)
+        self.inverse = 1 / remaining
         self.initial = initial
         known = self._compiled_evidence(operator, None)
         if known is None:
@@ -743,6 +752,8 @@ class _Best:
 
     def _reach(self, operator: Transition) -> Tensor:
         """µ·rowsum, [..., 1 or N, 1 or K]: what of the bounds of e a walk passes on to each node."""
+        if operator is self.operator and (self.norm == "inf" or self.mu.shape[-2] == 1):
+            return self.reach.to(self.rhs.dtype)
         sums = operator.row_sums
         if self.norm == "one" and isinstance(sums, Tensor):
             sums = sums.amax(-2, keepdim=True)

@@ -5,6 +5,7 @@ Sums and maxima go node after node, for each signal by itself, so that its bits 
 This file is read where numba is installed, and compiled when it is first used.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -102,8 +103,11 @@ def _concluded(told: Any, inverse: Any, known: Any, summed: bool, units: Any) ->
 
 
 @compiled
-def _sized(x: Any, summed: bool, found: Any, first: int, lanes: Any) -> None:
-    """Columns of max |x| from the `first` on, if `summed` of Σ |x|, and 0 below where all are numbers."""
+def _sized(x: Any, summed: bool, found: Any, first: int, lanes: Any) -> Any:
+    """Columns of max |x| from the `first` on, [2, K], if `summed` of Σ |x|; whether all are finite numbers.
+
+    What stands below them is of no use.
+    """
     signals, told = x[:, first : first + len(lanes)], found[:, first : first + len(lanes)]
     most = odd = zeros(lanes)
     for i in range(uint64(len(signals))):
@@ -112,6 +116,10 @@ def _sized(x: Any, summed: bool, found: Any, first: int, lanes: Any) -> None:
         odd = odd + (y - y)
     store(told, uint64(0), most)
     store(told, uint64(1), odd)
+    fine = True
+    for k in range(len(lanes)):
+        fine = fine and told[1, k] == 0
+    return fine
 
 
 @compiled
@@ -152,6 +160,12 @@ def _narrowed(
         store(top, i, nothing - larger(nothing - found, nothing - load(ceiling, best, lanes)))
 
 
+@functools.lru_cache(64)
+def _parts(channels: int) -> list[Any]:
+    """`columns`, which to find anew takes as long as a pass over a short vector."""
+    return list(columns(channels))
+
+
 def _arrays(x: Tensor) -> Any:
     """[..., N, K] as [batch, N, K], whose numbers lie beside each other."""
     numbers = x.numpy()
@@ -160,14 +174,12 @@ def _arrays(x: Tensor) -> Any:
 
 def sized(x: Tensor, summed: bool) -> Tensor | None:
     """The maximum norm of each signal, or the 1-norm, [..., 1, K]; None where a number is not finite."""
-    vectors, channels = _arrays(x), x.shape[-1]
+    vectors, channels, fine = _arrays(x), x.shape[-1], True
     found = np.empty((len(vectors), 2, channels))
     for vector, into in zip(vectors, found, strict=True):
-        for first, lanes in columns(channels):
-            _sized(vector, summed, into, first, lanes)
-    if found[:, 1].any():
-        return None
-    return torch.from_numpy(found[:, 0]).reshape(*x.shape[:-2], 1, channels)
+        for first, lanes in _parts(channels):
+            fine &= _sized(vector, summed, into, first, lanes)
+    return torch.from_numpy(found[:, 0].reshape(*x.shape[:-2], 1, channels)) if fine else None
 
 
 def judged(
@@ -186,9 +198,10 @@ def judged(
     each other.
     """
     batch, channels = b.shape[:-2], b.shape[-1]
-    mu, *others = (inverse, b, b, b) if started is None else started
+    mu, *others = (inverse,) if started is None else started
     factors = [x.expand(*batch, *x.shape[-2:]) if batch else x for x in (mu, inverse)]
     arrays = [_arrays(x) for x in (b, *others, *factors)]
+    arrays[1:1] = [] if others else [arrays[0]] * 3
     # 1 − µ·rowsum and the size of b for each signal.
     told = np.zeros((*batch, 2, channels))
     for k, number in enumerate(known):
@@ -198,9 +211,9 @@ def judged(
     found, fine = np.empty((len(arrays[0]), FOUND, channels)), True
     for place, into in enumerate(found):
         mine = [x[place] for x in arrays]
-        for first, lanes in columns(channels):
+        for first, lanes in _parts(channels):
             fine &= _judged(*mine, started is not None, summed, units, into, first, lanes)
-    return torch.from_numpy(found).reshape(*batch, FOUND, 1, channels).unbind(-3) if fine else None
+    return torch.from_numpy(found.reshape(*batch, FOUND, 1, channels)).unbind(-3) if fine else None
 
 
 def narrowed(
@@ -222,5 +235,5 @@ def narrowed(
     arrays = [*(_arrays(v) for v in (x, residual, reach)), told, *(_arrays(v) for v in (*best, *into))]
     for place in range(len(told)):
         mine = [v[place] for v in arrays]
-        for first, lanes in columns(channels):
+        for first, lanes in _parts(channels):
             _narrowed(*mine, first, lanes)

@@ -273,9 +273,8 @@ def sweep_all(
 
     def work(thread: int) -> None:
         own = memory.setdefault(thread, {})
-        with torch.no_grad():
-            for line in waiting:
-                sweep(line, own, *(x[line.place][:, line.part] for x in arrays))
+        for line in waiting:
+            sweep(line, own, *(x[line.place][:, line.part] for x in arrays))
 
     if threads == 1:
         work(0)
@@ -283,7 +282,8 @@ def sweep_all(
         # Which is read where numba is installed, as those who call this are.
         from graphdiff.operators.threads import pythons
 
-        list(pythons(threads).map(work, range(threads)))
+        # Whether autograd records is each thread's own matter.
+        list(pythons(threads).map(torch.no_grad()(work), range(threads)))
     steps = torch.from_numpy(done.steps).reshape(*batch, channels)
     return steps, torch.from_numpy(~(done.bound <= done.target)).reshape(*batch, 1, channels)
 
@@ -356,7 +356,7 @@ class _Block:
     """The memory for a line of signals, and what is swept in it."""
 
     def __init__(self, state: Swept, line: Line, memory: dict[Any, Any]) -> None:
-        operator, mu, _, least, degree, self.rows, triangles, _ = state
+        operator, _, _, least, degree, self.rows, triangles, _ = state
         number, self.width, self.place = line.number, line.width, (line.place, line.part)
         self.triangles = found = triangles[number]
         self.nodes = degree, found.mu, found.node
@@ -365,9 +365,11 @@ class _Block:
         self.most = max(1, BURST // (self.width * (edges + nodes)))
         self.summed = operator.stochastic == "columns"
         self.factor = found.bound
-        if self.summed:
-            self.factor = 1 / float(remaining_of(operator, mu).reshape(-1)[number])
         # In Python's numbers: each call of torch would take as long as hundreds of edges.
+        if self.summed:
+            sums = operator.row_sums
+            most = float(sums.amax()) if isinstance(sums, Tensor) else sums
+            self.factor = 1 / (1 - found.largest * most)
         root = math.sqrt(1 + found.largest * found.largest / (1 - found.largest))
         self.rate = (root - 1) / (root + 1)
         self.often = min(max(3 * _steps_to(FALLEN, 1.0, self.rate) // 4, 1), MOST)
