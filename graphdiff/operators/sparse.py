@@ -452,7 +452,7 @@ class SparseTransition(Transition):
             log_degree=(degree.log() + largest).clamp(min=torch.finfo(x.dtype).min).to(x.dtype),
         )
 
-    @cached_property
+    @property
     def shape(self) -> torch.Size:
         """[..., N, N]; leading dimensions are those of `jump`."""
         nodes = len(self.indptr) - 1

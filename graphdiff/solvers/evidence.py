@@ -15,10 +15,13 @@ from torch import Tensor
 
 from graphdiff.operators.compiled import compiled
 from graphdiff.operators.edges import columns
-from graphdiff.operators.lanes import larger, load, magnitude, store, zeros
+from graphdiff.operators.lanes import LINE, larger, load, magnitude, store, zeros
+from graphdiff.operators.threads import pythons
 
 # What is found of each signal: `base.Evidence`, in its order.
 FOUND = 6
+# Numbers of a vector from which several threads are worth it.
+MANY = 2**20
 
 
 # A call would count references to the array for every node.
@@ -161,9 +164,24 @@ def _narrowed(
 
 
 @functools.lru_cache(64)
-def _parts(channels: int) -> list[Any]:
-    """`columns`, which to find anew takes as long as a pass over a short vector."""
-    return list(columns(channels))
+def _parts(channels: int, threads: int) -> list[Any]:
+    """Parts of the columns, enough for so many threads, but no narrower than a line of the cache if need be.
+
+    To find them anew takes as long as a pass over a short vector.
+    """
+    widest = max(LINE // 8, -(-channels // threads))
+    starts = range(0, channels, widest)
+    parts = ((first, columns(min(widest, channels - first))) for first in starts)
+    return [(first + begin, lanes) for first, some in parts for begin, lanes in some]
+
+
+def _passed(pass_over: Any, places: list[Any], channels: int, nodes: int) -> list[Any]:
+    """What passes over all parts of the columns return, for the arguments of each place, by many threads."""
+    threads = torch.get_num_threads() if len(places) * channels * nodes >= MANY else 1
+    parts = [(*place, *part) for place in places for part in _parts(channels, threads)]
+    if threads == 1 or len(parts) == 1:
+        return [pass_over(*part) for part in parts]
+    return list(pythons(threads).map(pass_over, *zip(*parts, strict=True)))
 
 
 def _arrays(x: Tensor) -> Any:
@@ -174,11 +192,10 @@ def _arrays(x: Tensor) -> Any:
 
 def sized(x: Tensor, summed: bool) -> Tensor | None:
     """The maximum norm of each signal, or the 1-norm, [..., 1, K]; None where a number is not finite."""
-    vectors, channels, fine = _arrays(x), x.shape[-1], True
+    vectors, (nodes, channels) = _arrays(x), x.shape[-2:]
     found = np.empty((len(vectors), 2, channels))
-    for vector, into in zip(vectors, found, strict=True):
-        for first, lanes in _parts(channels):
-            fine &= _sized(vector, summed, into, first, lanes)
+    places = [(vector, summed, into) for vector, into in zip(vectors, found, strict=True)]
+    fine = all(_passed(_sized, places, channels, nodes))
     return torch.from_numpy(found[:, 0].reshape(*x.shape[:-2], 1, channels)) if fine else None
 
 
@@ -197,7 +214,7 @@ def judged(
     `started` are µ like `inverse`, and like b Px, x and where the residual goes, whose numbers lie beside
     each other.
     """
-    batch, channels = b.shape[:-2], b.shape[-1]
+    batch, (nodes, channels) = b.shape[:-2], b.shape[-2:]
     mu, *others = (inverse,) if started is None else started
     factors = [x.expand(*batch, *x.shape[-2:]) if batch else x for x in (mu, inverse)]
     arrays = [_arrays(x) for x in (b, *others, *factors)]
@@ -208,11 +225,10 @@ def judged(
         if number is not None:
             told[..., k, :] = number.squeeze(-2).numpy()
     arrays.append(told.reshape(-1, 2, channels))
-    found, fine = np.empty((len(arrays[0]), FOUND, channels)), True
-    for place, into in enumerate(found):
-        mine = [x[place] for x in arrays]
-        for first, lanes in _parts(channels):
-            fine &= _judged(*mine, started is not None, summed, units, into, first, lanes)
+    found = np.empty((len(arrays[0]), FOUND, channels))
+    each = zip(*arrays, found, strict=True)
+    places = [(*mine, started is not None, summed, units, into) for *mine, into in each]
+    fine = all(_passed(_judged, places, channels, nodes))
     return torch.from_numpy(found.reshape(*batch, FOUND, 1, channels)).unbind(-3) if fine else None
 
 
@@ -228,12 +244,9 @@ def narrowed(
 
     `reach` is [..., 1 or N, 1 or K], the `ends` are low, high and extra of the evidence, [..., 1, K].
     """
-    batch, channels = x.shape[:-2], x.shape[-1]
+    batch, (nodes, channels) = x.shape[:-2], x.shape[-2:]
     if batch:
         reach = reach.expand(*batch, *reach.shape[-2:])
     told = np.stack([_arrays(end)[:, 0] for end in ends], 1)
     arrays = [*(_arrays(v) for v in (x, residual, reach)), told, *(_arrays(v) for v in (*best, *into))]
-    for place in range(len(told)):
-        mine = [v[place] for v in arrays]
-        for first, lanes in _parts(channels):
-            _narrowed(*mine, first, lanes)
+    _passed(_narrowed, list(zip(*arrays, strict=True)), channels, nodes)
