@@ -215,3 +215,19 @@ def test_an_answer_never_lies_in_the_memory_of_what_was_given():
     found = gd.solve(P, s, 0.9, solver=Lazy(), on_failure="ignore")
     found.value.fill_(7)
     assert (s == 1).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_threads_share_the_evidence_and_change_no_bit(long, transposed, monkeypatch):
+    from graphdiff.solvers import evidence
+
+    P, s = long.T if transposed else long, signals(LONG, 21)
+    solve = functools.partial(gd.solve, P, s, 0.9, tol=1e-8, solver=gd.solvers.Chebyshev())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    alone = solve()
+    monkeypatch.setattr(evidence, "MANY", 1)
+    for count in (2, 3, 40):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        shared = solve()
+        for name in ("value", "lower", "upper", "error_bound", "steps"):
+            assert torch.equal(getattr(shared, name), getattr(alone, name))

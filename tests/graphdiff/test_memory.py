@@ -36,7 +36,9 @@ def test_what_was_let_go_is_used_again(dtype):
     place = first.data_ptr()
     assert place % HUGE == 0
     del first
-    assert empty(LARGE, like(dtype)).data_ptr() == place
+    second, third = empty(LARGE, like(dtype)), empty(LARGE, like(dtype))
+    assert second.data_ptr() == place
+    assert third.data_ptr() != place
 
 
 def test_as_long_as_a_view_is_there_the_memory_is_its_own():
@@ -103,7 +105,7 @@ def test_threads_share_nothing():
 
 
 def test_an_ending_python_says_nothing():
-    script = "import torch; from graphdiff.memory import empty, lent; kept = [lent(2**23) for _ in range(3)]"
-    script += "; kept += [kept, empty([2**20, 2], torch.zeros(1))]"
+    script = "import sys, torch; from graphdiff.memory import empty, lent; kept = [lent(2**23)]"
+    script += "; kept += [kept, empty([2**20, 2], torch.zeros(1))]; sys.last_to_go = lent(2**23)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
