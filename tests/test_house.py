@@ -15,11 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # before them in the same line.
 FLOORS = {
     "graphdiff": [
-        ["checks", "solution"],
+        ["checks", "solution", "memory"],
         [
             "operators.compiled",
+            "operators.lanes",
             "operators.rows",
             "operators.threads",
+            "operators.edges",
             "operators.vectors",
             "operators.products",
             "operators.tiles",
@@ -37,6 +39,7 @@ FLOORS = {
             "operators",
         ],
         [
+            "solvers.evidence",
             "solvers.base",
             "solvers.direct",
             "solvers.walk",
