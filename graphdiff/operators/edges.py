@@ -7,7 +7,6 @@ memory. They are added edge after edge all the same, in scipy's order, so that t
 This file is read where numba is installed, and compiled when it is first used.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 from numba import uint64
@@ -15,11 +14,9 @@ from torch import Tensor
 
 from graphdiff.memory import empty
 from graphdiff.operators.compiled import compiled
-from graphdiff.operators.lanes import load, soon, store, zeros
+from graphdiff.operators.lanes import columns, load, soon, store, zeros
 from graphdiff.operators.threads import in_team, shared, taken, worthwhile
 
-# Signals beside each other: for each of these numbers code is compiled once.
-WIDTHS = 32, 28, 24, 20, 16, 12, 8, 4, 3, 2, 1
 # So many edges ahead a row is asked for: rows lie anywhere in memory.
 SOON = 32
 # Rows that a thread takes at a time.
@@ -62,15 +59,6 @@ def _transposed(starts: Any, nodes: Any, values: Any, v: Any, found: Any, first:
             j = uint64(nodes[e])
             soon(into, nodes, min(e + uint64(SOON), last), lanes)
             store(into, j, load(into, j, lanes) + leaving * values[e])
-
-
-def columns(channels: int) -> Iterator[tuple[int, Any]]:
-    """Where so many columns are parted, and as many zeros as there are from there on to the next."""
-    first = 0
-    while first < channels:
-        width = next(width for width in WIDTHS if width <= channels - first)
-        yield first, (0,) * width
-        first += width
 
 
 def product(starts: Tensor, nodes: Tensor, values: Tensor, y: Tensor) -> Tensor:

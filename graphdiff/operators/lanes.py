@@ -7,7 +7,7 @@ This file is read where numba is installed.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -17,6 +17,8 @@ from numba.extending import intrinsic, models, overload, register_model
 
 # Bytes of a line of the cache.
 LINE = 64
+# Signals beside each other: for each of these numbers code is compiled once.
+WIDTHS = 32, 28, 24, 20, 16, 12, 8, 4, 3, 2, 1
 
 
 class Lanes(types.Type):
@@ -327,3 +329,12 @@ def soon(typing: Any, x: Any, nodes: Any, edge: Any, lanes: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(x, nodes, edge, lanes), code
+
+
+def columns(channels: int) -> Iterator[tuple[int, Any]]:
+    """Where so many columns are parted, and as many zeros as there are from there on to the next."""
+    first = 0
+    while first < channels:
+        width = next(width for width in WIDTHS if width <= channels - first)
+        yield first, (0,) * width
+        first += width

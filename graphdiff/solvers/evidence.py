@@ -14,8 +14,7 @@ from numba import uint64
 from torch import Tensor
 
 from graphdiff.operators.compiled import compiled
-from graphdiff.operators.edges import columns
-from graphdiff.operators.lanes import LINE, larger, load, magnitude, store, zeros
+from graphdiff.operators.lanes import LINE, columns, larger, load, magnitude, store, zeros
 from graphdiff.operators.threads import pythons
 
 # What is found of each signal: `base.Evidence`, in its order.
