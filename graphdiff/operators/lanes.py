@@ -116,6 +116,19 @@ def put(typing: Any, x: Any, place: Any, value: Any) -> Any:
 
 
 @intrinsic
+def fill(typing: Any, x: Any, place: Any, number: Any, lanes: Any) -> Any:
+    """Write one number W times, where `beside` reads them. A loop over them would write one after the other."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = _alike(builder, context.cast(builder, args[2], number, x.dtype), lanes.count)
+        place = _beside(context, builder, x, args[0], args[1], lanes.count)
+        builder.store(value, place, align=x.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.none(x, place, number, lanes), code
+
+
+@intrinsic
 def picked(typing: Any, x: Any, numbers: Any, place: Any, lanes: Any) -> Any:
     """The W numbers of x of which `numbers` says the places, from a place of its own on.
 

@@ -937,14 +937,17 @@ def _compiled_walk(
     number = "i4" if max(nodes, count) < 2**31 else "i8"
     weight, value = np.ascontiguousarray(A.data, "f8"), "f4" if dtype == torch.float32 else "f8"
     found = _compiled().block((nodes + 1, number), (count, number), (count, value), (nodes, "f8"))
-    degree = np.empty(nodes)
-    longest, alike = _compiled().normalised(A.indptr, A.indices, weight, ORDINARY, *found, degree)
+    longest, alike, degree = _compiled().normalised(A.indptr, A.indices, weight, ORDINARY, *found)
     if longest == 0:
         return None
     indptr, indices, _, sums = found
     compared = None if alike else weight
     symmetric = reversible is None and bool(_compiled().symmetric(indptr, indices, compared))
-    log_degree = torch.from_numpy(degree).log().to(dtype) if symmetric or reversible else None
+    log_degree = None
+    if symmetric or reversible:
+        log_degree = torch.from_numpy(degree).log().to(dtype)
+        if alike:
+            log_degree = torch.from_numpy(_compiled().by_length(indptr, log_degree.numpy()))
     walk = object.__new__(SparseTransition)
     edges = dict(zip(("indptr", "indices", "values"), map(torch.from_numpy, found[:3]), strict=True))
     walk.__dict__.update(edges, log_degree=log_degree, dangling=None, jump=None)
