@@ -213,11 +213,14 @@ def _lowest(typing: Any, bits: Any) -> Any:
 
 @compiled
 def _by_degree(starts: Any) -> tuple[Any, Any]:
-    """The nodes with the largest degrees first, those of one degree as they stand; and the largest."""
+    """The nodes with the largest degrees first, those of one degree as they stand.
+
+    And where those end that have as many edges as any has, one less, ..., none.
+    """
     count, longest = uint64(len(starts) - 1), uint64(0)
     for i in range(count):
         longest = max(longest, uint64(starts[i + uint64(1)]) - uint64(starts[i]))
-    place, found = np.zeros(longest + 2, np.uint32), np.empty(count, np.uint32)
+    place, found = np.zeros(longest + uint64(2), np.uint32), np.empty(count, np.uint32)
     for i in range(count):
         place[longest + uint64(1) + uint64(starts[i]) - uint64(starts[i + uint64(1)])] += np.uint32(1)
     for shorter in range(longest):
@@ -226,7 +229,7 @@ def _by_degree(starts: Any) -> tuple[Any, Any]:
         shorter = longest + uint64(starts[i]) - uint64(starts[i + uint64(1)])
         found[uint64(place[shorter])] = i
         place[shorter] += np.uint32(1)
-    return found, longest
+    return found, place[:-1]
 
 
 @compiled
@@ -274,41 +277,47 @@ def ordered(starts: Any, nodes: Any) -> Any:
     triangles follow each other, so that its branches are foreseen, which is worth up to half of its time; and
     the hubs, which all others read, lie together.
     """
-    order, longest = _by_degree(starts)
+    order, ends = _by_degree(starts)
     colour, numbers, looped = _coloured(starts, nodes, order)
-    count, last = uint64(len(order)), uint64(len(order)) - uint64(1)
-    # Those of one degree by their edges to later colours; `place` is 0 before and after.
-    onward, place = np.empty(count, np.uint32), np.zeros(longest + 2, np.uint32)
-    lined = np.empty(count, np.uint32)
-    first, a = uint64(0), uint64(0)
-    while first < count:
-        i = uint64(order[first])
-        degree = uint64(starts[i + uint64(1)]) - uint64(starts[i])
-        while a < count:
-            i = uint64(order[a])
-            ahead(nodes, uint64(starts[uint64(order[min(a + uint64(SOON), last)])]))
-            begin, end = uint64(starts[i]), uint64(starts[i + uint64(1)])
-            if end - begin != degree:
-                break
-            later, own = uint64(0), colour[i]
-            for e in range(begin, end):
-                later += uint64(colour[uint64(nodes[e])] >= own)
-            onward[a] = later
-            place[later + uint64(1)] += np.uint32(1)
+    count, longest = uint64(len(order)), uint64(len(ends)) - uint64(1)
+    found, some = np.empty(count, np.uint32), np.empty(count, np.uint32)
+    # Edges to later colours; `place`, by how many there are, is 0 before and after.
+    onward, place = np.empty(count, np.uint32), np.zeros(longest + uint64(2), np.uint32)
+    colours = uint64(len(numbers))
+    while colours > uint64(1) and numbers[colours - uint64(1)] == 0:
+        colours -= uint64(1)
+    # Where the next of each colour goes, and where those of one degree begin.
+    places = (np.cumsum(numbers) - numbers).astype(np.uint64)
+    begins = places.copy()
+    a = uint64(0)
+    for shorter in range(longest + uint64(1)):
+        degree, end = longest - shorter, uint64(ends[shorter])
+        if a == end:
+            continue
+        while a < end:
+            k = uint64(colour[uint64(order[a])])
+            found[places[k]] = order[a]
+            places[k] += uint64(1)
             a += uint64(1)
-        place[0] = first
-        for k in range(degree):
-            place[k + uint64(1)] += place[k]
-        for b in range(first, a):
-            k = uint64(onward[b])
-            lined[uint64(place[k])] = order[b]
-            place[k] += np.uint32(1)
-        for k in range(degree + uint64(2)):
-            place[k] = 0
-        first = a
-    places = np.cumsum(numbers) - numbers
-    for a in range(count):
-        k = uint64(colour[uint64(lined[a])])
-        order[uint64(places[k])] = lined[a]
-        places[k] += 1
-    return order, looped
+        # All edges of the first colour lead to later ones.
+        for own in range(uint64(1), colours):
+            first, last = begins[own], places[own]
+            begins[own] = last
+            if last - first < uint64(2):
+                continue
+            for b in range(first, last):
+                i, later = uint64(found[b]), uint64(0)
+                for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
+                    later += uint64(uint64(colour[uint64(nodes[e])]) >= own)
+                some[b - first], onward[b - first] = i, later
+                place[later + uint64(1)] += np.uint32(1)
+            place[0] = first
+            for k in range(degree):
+                place[k + uint64(1)] += place[k]
+            for b in range(last - first):
+                k = uint64(onward[b])
+                found[uint64(place[k])] = some[b]
+                place[k] += np.uint32(1)
+            for k in range(degree + uint64(2)):
+                place[k] = 0
+    return found, looped
