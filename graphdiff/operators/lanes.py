@@ -117,7 +117,7 @@ def put(typing: Any, x: Any, place: Any, value: Any) -> Any:
 
 @intrinsic
 def fill(typing: Any, x: Any, place: Any, number: Any, lanes: Any) -> Any:
-    """Write one number W times, where `beside` reads them. A loop over them would write one after the other."""
+    """Write one number W times where `beside` reads them; a loop would write one after the other."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         value = _alike(builder, context.cast(builder, args[2], number, x.dtype), lanes.count)
