@@ -91,6 +91,20 @@ def _beside(context: Any, builder: Any, kind: Any, array: Any, place: Any, count
 
 
 @intrinsic
+def single(typing: Any, x: Any, place: Any) -> Any:
+    """A number of x, by a load that no compiler joins with others.
+
+    What they make of a loop over numbers that lie anywhere takes longer, most of all for a short one.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(x)(context, builder, args[0]).data
+        return builder.load_atomic(builder.gep(data, [args[1]]), "monotonic", x.dtype.bitwidth // 8)
+
+    return x.dtype(x, place), code
+
+
+@intrinsic
 def beside(typing: Any, x: Any, place: Any, lanes: Any) -> Any:
     """W numbers of x, from a place on that is counted through all its rows."""
     found = Lanes(x.dtype, lanes.count)

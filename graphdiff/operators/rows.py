@@ -13,12 +13,16 @@ from numba.extending import intrinsic
 
 from graphdiff.memory import HUGE, lent
 from graphdiff.operators.compiled import compiled
-from graphdiff.operators.lanes import LINE, ahead, fill
+from graphdiff.operators.lanes import LINE, ahead, fill, single
 
 # Colours counted apart; nodes beyond them share the last, which costs speed and no more.
 COLOURS = 256
 # The bits of a word are colours below `OWN`, the node itself, and all other colours or none yet.
 OWN, OTHER = 62, 63
+# A node and where its row starts are the halves of a word.
+NODE, HALF = 2**32 - 1, 32
+# Fewer nodes of one colour and one degree than are swept at once stand as they are.
+FEW = 8
 # So many rows ahead a row is asked for that lies anywhere in memory.
 SOON = 12
 # Weights of which the next so many are asked for.
@@ -213,110 +217,117 @@ def _lowest(typing: Any, bits: Any) -> Any:
 
 @compiled
 def _by_degree(starts: Any) -> tuple[Any, Any]:
-    """The nodes with the largest degrees first, those of one degree as they stand.
+    """The words of nodes with the largest degrees first, those of one degree as they stand, uint64 [N].
 
     And where those end that have as many edges as any has, one less, ..., none.
     """
     count, longest = uint64(len(starts) - 1), uint64(0)
     for i in range(count):
         longest = max(longest, uint64(starts[i + uint64(1)]) - uint64(starts[i]))
-    place, found = np.zeros(longest + uint64(2), np.uint32), np.empty(count, np.uint32)
+    place, found = np.zeros(longest + uint64(2), np.uint32), np.empty(count, np.uint64)
     for i in range(count):
         place[longest + uint64(1) + uint64(starts[i]) - uint64(starts[i + uint64(1)])] += np.uint32(1)
     for shorter in range(longest):
         place[shorter + uint64(1)] += place[shorter]
     for i in range(count):
         shorter = longest + uint64(starts[i]) - uint64(starts[i + uint64(1)])
-        found[uint64(place[shorter])] = i
+        found[uint64(place[shorter])] = uint64(starts[i]) << uint64(HALF) | i
         place[shorter] += np.uint32(1)
     return found, place[:-1]
 
 
 @compiled
-def _coloured(starts: Any, nodes: Any, order: Any) -> tuple[Any, Any, bool]:
-    """Each node's colour, uint8 [N]: the first that none of its neighbours before it in the order has.
+def _coloured(nodes: Any, order: Any, ends: Any) -> tuple[Any, Any, Any, Any, bool]:
+    """The colours of nodes by their order, uint8 [N]: the first that no neighbour before has.
 
-    And how many have each; and whether a node has a loop.
+    And how many have each; by node, colours below `OWN`, else `OTHER`; by node, colours from `OWN` on, else
+    0; and whether a node has a loop.
     """
-    count, last = uint64(len(order)), uint64(len(order)) - uint64(1)
-    bit, colour = np.full(count, OTHER, np.uint8), np.full(count, COLOURS - 1, np.uint8)
-    numbers, taken = np.zeros(COLOURS, np.uint32), np.empty(COLOURS, np.bool_)
+    count, longest = uint64(len(order)), uint64(len(ends)) - uint64(1)
+    colours, numbers = np.empty(count, np.uint8), np.zeros(COLOURS, np.uint64)
+    bit, beyond, taken = (
+        np.full(count, OTHER, np.uint8),
+        np.zeros(count, np.uint8),
+        np.empty(COLOURS, np.bool_),
+    )
     seen, own, other = uint64(0), uint64(1) << uint64(OWN), uint64(1) << uint64(OTHER)
-    for a in range(count):
-        i = uint64(order[a])
-        ahead(nodes, uint64(starts[uint64(order[min(a + uint64(SOON), last)])]))
-        bit[i] = OWN
-        bits = other
-        for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
-            bits |= uint64(1) << (uint64(bit[uint64(nodes[e])]) & uint64(63))
-        seen |= bits
-        bits |= own
-        if ~bits != uint64(0):
-            found = _lowest(~bits)
-            bit[i] = found
-        else:
-            taken[:] = False
-            for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
-                taken[uint64(colour[uint64(nodes[e])])] = True
-            found = uint64(0)
-            while found < uint64(COLOURS - 1) and taken[found]:
-                found += uint64(1)
-            bit[i] = found if found < uint64(OWN) else uint64(OTHER)
-        colour[i] = found
-        numbers[found] += np.uint32(1)
-    return colour, numbers, seen & own != uint64(0)
+    a = uint64(0)
+    for shorter in range(longest + uint64(1)):
+        degree, end = longest - shorter, uint64(ends[shorter])
+        while a < end:
+            i, begin = order[a] & uint64(NODE), order[a] >> uint64(HALF)
+            ahead(nodes, order[min(a + uint64(SOON), count - uint64(1))] >> uint64(HALF))
+            bit[i] = OWN
+            bits = other
+            for e in range(begin, begin + degree):
+                bits |= uint64(1) << (uint64(single(bit, uint64(nodes[e]))) & uint64(63))
+            seen |= bits
+            bits |= own
+            if ~bits != uint64(0):
+                found = _lowest(~bits)
+                bit[i] = found
+            else:
+                taken[:] = False
+                for e in range(begin, begin + degree):
+                    taken[uint64(beyond[uint64(nodes[e])])] = True
+                found = uint64(OWN)
+                while found < uint64(COLOURS - 1) and taken[found]:
+                    found += uint64(1)
+                bit[i], beyond[i] = OTHER, found
+            colours[a] = found
+            numbers[found] += uint64(1)
+            a += uint64(1)
+    return colours, numbers, bit, beyond, seen & own != uint64(0)
 
 
 @compiled
 def ordered(starts: Any, nodes: Any) -> Any:
     """Nodes by colour, within one the largest degrees first, of these those with most edges back; [N] uint32.
 
-    And whether a node has a loop.
+    And whether a node has a loop. For less than 2³² edges.
 
     Few neighbours share a colour, so a sweep seldom waits for the row before; rows of one length in both
     triangles follow each other, so that its branches are foreseen, which is worth up to half of its time; and
     the hubs, which all others read, lie together.
     """
     order, ends = _by_degree(starts)
-    colour, numbers, looped = _coloured(starts, nodes, order)
-    count, longest = uint64(len(order)), uint64(len(ends)) - uint64(1)
-    found, some = np.empty(count, np.uint32), np.empty(count, np.uint32)
+    colours, numbers, bit, beyond, looped = _coloured(nodes, order, ends)
+    count, longest, most = uint64(len(order)), uint64(len(ends)) - uint64(1), uint64(colours.max())
+    found, lined = np.empty(count, np.uint32), np.empty(count, np.uint64)
+    # Of each colour, where the next goes, and where those of one degree begin.
+    places = np.cumsum(numbers) - numbers
+    begins = places.copy()
     # Edges to later colours; `place`, by how many there are, is 0 before and after.
     onward, place = np.empty(count, np.uint32), np.zeros(longest + uint64(2), np.uint32)
-    colours = uint64(len(numbers))
-    while colours > uint64(1) and numbers[colours - uint64(1)] == 0:
-        colours -= uint64(1)
-    # Where the next of each colour goes, and where those of one degree begin.
-    places = (np.cumsum(numbers) - numbers).astype(np.uint64)
-    begins = places.copy()
     a = uint64(0)
     for shorter in range(longest + uint64(1)):
         degree, end = longest - shorter, uint64(ends[shorter])
         if a == end:
             continue
         while a < end:
-            k = uint64(colour[uint64(order[a])])
-            found[places[k]] = order[a]
-            places[k] += uint64(1)
+            k = places[uint64(colours[a])]
+            found[k], lined[k] = order[a] & uint64(NODE), order[a]
+            places[uint64(colours[a])] += uint64(1)
             a += uint64(1)
         # All edges of the first colour lead to later ones.
-        for own in range(uint64(1), colours):
+        for own in range(uint64(1), most + uint64(1)):
             first, last = begins[own], places[own]
             begins[own] = last
-            if last - first < uint64(2):
+            if last - first < uint64(FEW):
                 continue
+            known = bit if own < uint64(OWN) else beyond
             for b in range(first, last):
-                i, later = uint64(found[b]), uint64(0)
-                for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
-                    later += uint64(uint64(colour[uint64(nodes[e])]) >= own)
-                some[b - first], onward[b - first] = i, later
+                begin, later = lined[b] >> uint64(HALF), uint64(0)
+                for e in range(begin, begin + degree):
+                    later += uint64(uint64(single(known, uint64(nodes[e]))) >= own)
+                onward[b] = later
                 place[later + uint64(1)] += np.uint32(1)
             place[0] = first
             for k in range(degree):
                 place[k + uint64(1)] += place[k]
-            for b in range(last - first):
+            for b in range(first, last):
                 k = uint64(onward[b])
-                found[uint64(place[k])] = some[b]
+                found[uint64(place[k])] = lined[b] & uint64(NODE)
                 place[k] += np.uint32(1)
             for k in range(degree + uint64(2)):
                 place[k] = 0
