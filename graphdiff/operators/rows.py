@@ -25,8 +25,8 @@ NODE, HALF = 2**32 - 1, 32
 FEW = 8
 # So many rows ahead a row is asked for that lies anywhere in memory.
 SOON = 12
-# Weights of which the next so many are asked for.
-PART = 512
+# Edges that are looked at before it is asked whether to go on.
+PART = 1024
 # Equal numbers that are written at once.
 SIXTEEN = (0,) * 16
 
@@ -183,26 +183,32 @@ def symmetric(starts: Any, nodes: Any, weights: Any) -> bool:
     """Whether every edge has a mirror image of the very same weight, for rows in the order of their nodes.
 
     Without weights, None, whether it has one. The mirror images of the edges out of nodes 0, 1, ... stand in
-    each row in this order too, so one place a row tells which comes next.
+    each row in this order too, so one place a row tells which comes next. Where these places end with their
+    rows, every edge is the image of one; and those that are the image of their own image mirror each other.
     """
     count, edges = uint64(len(starts) - 1), uint64(len(nodes))
-    place = starts[:-1].copy()
-    for i in range(count):
-        last = uint64(starts[i + uint64(1)])
-        if uint64(place[i]) > last:
-            return False
-        for e in range(uint64(place[i]), last):
+    place, image = starts[:-1].copy(), np.empty(edges, starts.dtype)
+    first = uint64(0)
+    while first < edges:
+        last, wrong = min(first + uint64(PART), edges), False
+        for e in range(first, last):
             j = uint64(nodes[e])
-            if j < i:
-                return False
-            if j > i:
-                mirror = uint64(place[j])
-                if mirror >= edges or uint64(nodes[mirror]) != i:
-                    return False
-                if weights is not None and weights[mirror] != weights[e]:
-                    return False
-                place[j] = mirror + uint64(1)
-    return True
+            image[e] = place[j]
+            place[j] += 1
+        for e in range(first, last):
+            # Only from the later of both. That is enough: a way from image to image that is longer than there
+            # and back leads to an earlier edge somewhere, and is found wrong there.
+            earlier, later = min(uint64(image[e]), e), max(uint64(image[e]), e)
+            wrong |= uint64(image[earlier]) != later
+            if weights is not None:
+                wrong |= weights[earlier] != weights[e]
+        if wrong:
+            return False
+        first = last
+    ended = True
+    for i in range(count):
+        ended &= place[i] == starts[i + uint64(1)]
+    return ended
 
 
 @intrinsic

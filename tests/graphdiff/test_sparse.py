@@ -389,6 +389,26 @@ def test_symmetry_is_that_of_the_dense_matrix(nodes, edges):
         W[i % nodes, j % nodes] = 3 - w
 
 
+def test_symmetry_of_more_edges_than_are_looked_at_at_once():
+    rows = pytest.importorskip("graphdiff.operators.rows")
+    random = np.random.default_rng(0)
+    W = np.triu(random.random((200, 200)) * (random.random((200, 200)) < 0.2))
+    W += np.triu(W, 1).T
+    A = sp.csr_array(W)
+    assert A.nnz > 4 * rows.PART
+    assert rows.symmetric(A.indptr, A.indices, A.data)
+    for e in random.permutation(A.nnz)[:100]:
+        i = np.searchsorted(A.indptr, e, side="right") - 1
+        if A.indices[e] != i:
+            A.data[e] += 1
+            assert not rows.symmetric(A.indptr, A.indices, A.data)
+            A.data[e] -= 1
+            B = A.copy()
+            B.data[e] = 0
+            B.eliminate_zeros()
+            assert not rows.symmetric(B.indptr, B.indices, None)
+
+
 def test_the_last_edge_of_a_row_has_no_mirror_image_in_the_next_row():
     W = torch.zeros(4, 4)
     W[0, 2] = W[2, 0] = W[1, 3] = W[3, 1] = W[1, 2] = 1.0
