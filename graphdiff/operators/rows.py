@@ -39,9 +39,9 @@ def block(*parts: tuple[int, Any]) -> list[Any]:
     sizes = [-(-count * np.dtype(dtype).itemsize // LINE) * LINE for count, dtype in parts]
     length = sum(sizes) + LINE
     memory = lent(length) if length >= 2 * HUGE else np.empty(length, np.uint8)
-    first, arrays = -memory.ctypes.data % LINE, []
+    first, arrays = -memory.__array_interface__["data"][0] % LINE, []
     for size, (count, dtype) in zip(sizes, parts, strict=True):
-        arrays.append(memory[first : first + size].view(dtype)[:count])
+        arrays.append(np.ndarray(count, dtype, memory, first))
         first += size
     return arrays
 
