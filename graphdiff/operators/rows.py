@@ -323,6 +323,7 @@ def ordered(starts: Any, nodes: Any) -> Any:
                 continue
             known = bit if own < uint64(OWN) else beyond
             for b in range(first, last):
+                ahead(nodes, lined[min(b + uint64(SOON), last - uint64(1))] >> uint64(HALF))
                 begin, later = lined[b] >> uint64(HALF), uint64(0)
                 for e in range(begin, begin + degree):
                     later += uint64(uint64(single(known, uint64(nodes[e]))) >= own)
