@@ -1,10 +1,11 @@
-"""Memory for large vectors, from pieces that nobody uses any more.
+"""Memory for vectors that are not short, from pieces that nobody uses any more.
 
 The system hands out memory page by page when it is first touched, and takes back what is freed. For the
-vectors of a solve of many signals that takes as long as several passes over them, on virtual machines longer
-than the solve. So pieces that were let go are kept for the next that asks, up to `KEPT` bytes in all.
+vectors of a solve that takes as long as several passes over them, on virtual machines longer than the solve.
+So pieces that were let go are kept for the next that asks, `MOST` of them and up to `KEPT` bytes in all.
 """
 
+import functools
 import math
 import sys
 from collections.abc import Sequence
@@ -14,10 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Bytes of a huge page. Numpy asks the system for such, which are cheaper to touch, where a piece has some.
-HUGE = 2**21
-# Bytes kept at most, and how many times as large as asked for a piece may be.
-KEPT, LARGER = 2**28, 1.5
+# Bytes of a page, and of a huge one. Numpy asks the system for such, which are cheaper to touch, where a
+# piece has some.
+PAGE, HUGE = 2**12, 2**21
+# Bytes from which allocators get memory from the system, and may give it back as soon as it is freed.
+LENT = 2**17
+# How many pieces are kept at most, and bytes, and how many times as large as asked for a piece may be.
+MOST, KEPT, LARGER = 64, 2**28, 1.5
 
 # By their addresses, those kept longest first. Threads share it: each call on it is one step for Python.
 _kept: dict[int, Any] = {}
@@ -40,32 +44,41 @@ def _keep(address: int, piece: Any) -> None:
         return
     _kept[address] = piece
     pieces = list(_kept.items())
-    total = sum(each.nbytes for _, each in pieces)
+    count, total = len(pieces), sum(each.nbytes for _, each in pieces)
     for place, each in pieces:
-        if total <= KEPT:
+        if count <= MOST and total <= KEPT:
             return
         _kept.pop(place, None)
-        total -= each.nbytes
+        count, total = count - 1, total - each.nbytes
 
 
 def lent(length: int) -> Any:
-    """So many bytes, of any value, an array [length] that begins where a huge page does."""
-    whole = -(-length // HUGE) * HUGE
+    """So many bytes, of any value, an array [length]; from `LENT` on it begins where a page does."""
+    if length < LENT:
+        return np.empty(length, np.uint8)
+    # A huge one where there are some.
+    page = HUGE if length >= 2 * HUGE else PAGE
+    whole = -(-length // page) * page
     sizes = [(each.nbytes, address) for address, each in list(_kept.items())]
     fitting = [each for each in sizes if whole <= each[0] <= LARGER * whole]
     # Another thread may have taken it.
     piece = _kept.pop(min(fitting)[1], None) if fitting else None
     if piece is None:
-        more = np.empty(whole + HUGE, np.uint8)
-        first = -more.ctypes.data % HUGE
+        more = np.empty(whole + page, np.uint8)
+        first = -more.ctypes.data % page
         piece = more[first : first + whole]
     return np.asarray(_Lent(piece))[:length]
+
+
+@functools.cache
+def _numbers(dtype: torch.dtype) -> Any:
+    """numpy's name of a dtype."""
+    return np.dtype(str(dtype).removeprefix("torch."))
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """Numbers like those of a tensor, of any value."""
     length = math.prod(shape) * like.itemsize
-    if like.device.type != "cpu" or length < 2 * HUGE:
+    if length < LENT or like.device.type != "cpu":
         return like.new_empty(shape)
-    numbers = lent(length).view(str(like.dtype).removeprefix("torch."))
-    return torch.from_numpy(numbers.reshape(tuple(shape)))
+    return torch.from_numpy(lent(length).view(_numbers(like.dtype)).reshape(tuple(shape)))

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types, uint64
 from numba.extending import intrinsic
 
-from graphdiff.memory import HUGE, lent
+from graphdiff.memory import lent
 from graphdiff.operators.compiled import compiled
 from graphdiff.operators.lanes import LINE, ahead, fill, single
 
@@ -38,7 +38,7 @@ def block(*parts: tuple[int, Any]) -> list[Any]:
     """
     sizes = [-(-count * np.dtype(dtype).itemsize // LINE) * LINE for count, dtype in parts]
     length = sum(sizes) + LINE
-    memory = lent(length) if length >= 2 * HUGE else np.empty(length, np.uint8)
+    memory = lent(length)
     first, arrays = -memory.__array_interface__["data"][0] % LINE, []
     for size, (count, dtype) in zip(sizes, parts, strict=True):
         arrays.append(np.ndarray(count, dtype, memory, first))

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from graphdiff import memory
-from graphdiff.memory import HUGE, KEPT, empty, lent
+from graphdiff.memory import HUGE, KEPT, LENT, MOST, PAGE, empty, lent
 
 LARGE = torch.Size([3, HUGE // 4])  # 12 MB in float64
+SMALL = torch.Size([LENT // 8, 2])  # 256 kB
 
 
 @pytest.fixture(autouse=True)
@@ -27,16 +28,17 @@ def like(dtype=torch.float64, device="cpu"):
     return torch.empty(0, dtype=dtype, device=device)
 
 
+@pytest.mark.parametrize(("shape", "page"), [(LARGE, HUGE), (SMALL, PAGE)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_what_was_let_go_is_used_again(dtype):
-    first = empty(LARGE, like(dtype))
-    assert first.shape == LARGE
+def test_what_was_let_go_is_used_again(dtype, shape, page):
+    first = empty(shape, like(dtype))
+    assert first.shape == shape
     assert first.dtype == dtype
     assert first.is_contiguous()
     place = first.data_ptr()
-    assert place % HUGE == 0
+    assert place % page == 0
     del first
-    second, third = empty(LARGE, like(dtype)), empty(LARGE, like(dtype))
+    second, third = empty(shape, like(dtype)), empty(shape, like(dtype))
     assert second.data_ptr() == place
     assert third.data_ptr() != place
 
@@ -54,8 +56,9 @@ def test_as_long_as_a_view_is_there_the_memory_is_its_own():
     assert (view == 7).all()
 
 
-def test_small_vectors_and_other_devices_are_torchs():
+def test_short_vectors_and_other_devices_are_torchs():
     assert empty([3, 4], like()).shape == (3, 4)
+    assert len(lent(LENT - 1)) == LENT - 1
     assert empty(LARGE, like(device="meta")).device.type == "meta"
     assert not memory._kept
 
@@ -76,6 +79,14 @@ def test_no_more_is_kept_than_promised_and_the_oldest_goes_first():
         pieces.pop(0)
     assert list(memory._kept) == places[-len(memory._kept) :]
     assert KEPT // 2 < sum(piece.nbytes for piece in memory._kept.values()) <= KEPT
+
+
+def test_no_more_pieces_are_kept_than_a_search_takes_no_time_for():
+    pieces = [lent(LENT) for _ in range(MOST + 2)]
+    places = [piece.ctypes.data for piece in pieces]
+    while pieces:
+        pieces.pop(0)
+    assert list(memory._kept) == places[2:]
 
 
 def test_what_is_larger_than_all_that_is_kept_drives_nothing_out():
