@@ -28,28 +28,35 @@ _kept: dict[int, Any] = {}
 
 
 class _Lent:
-    """A piece of bytes, which is kept when the last array on it is gone."""
+    """A piece of bytes at an address, which is kept when the last array on it is gone."""
 
-    def __init__(self, piece: Any) -> None:
-        self.piece, self.__array_interface__ = piece, piece.__array_interface__
+    def __init__(self, address: int, piece: Any) -> None:
+        self.address, self.piece = address, piece
+        # To ask numpy for that of the piece takes longer than the search for it.
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (address, False),
+            "shape": piece.shape,
+            "typestr": "|u1",
+        }
 
     def __del__(self, finalizing: Any = sys.is_finalizing) -> None:
         # When Python ends, what this needs may be gone.
         if not finalizing():
-            _keep(self.__array_interface__["data"][0], self.piece)
+            _keep(self.address, self.piece)
 
 
 def _keep(address: int, piece: Any) -> None:
-    if piece.nbytes > KEPT:
+    if len(piece) > KEPT:
         return
     _kept[address] = piece
     pieces = list(_kept.items())
-    count, total = len(pieces), sum(each.nbytes for _, each in pieces)
+    count, total = len(pieces), sum([len(each) for _, each in pieces])
     for place, each in pieces:
         if count <= MOST and total <= KEPT:
             return
         _kept.pop(place, None)
-        count, total = count - 1, total - each.nbytes
+        count, total = count - 1, total - len(each)
 
 
 def lent(length: int) -> Any:
@@ -59,15 +66,17 @@ def lent(length: int) -> Any:
     # A huge one where there are some.
     page = HUGE if length >= 2 * HUGE else PAGE
     whole = -(-length // page) * page
-    sizes = [(each.nbytes, address) for address, each in list(_kept.items())]
-    fitting = [each for each in sizes if whole <= each[0] <= LARGER * whole]
+    most = LARGER * whole
+    fitting = [(len(each), place) for place, each in list(_kept.items()) if whole <= len(each) <= most]
+    address = min(fitting)[1] if fitting else 0
     # Another thread may have taken it.
-    piece = _kept.pop(min(fitting)[1], None) if fitting else None
+    piece = _kept.pop(address, None)
     if piece is None:
         more = np.empty(whole + page, np.uint8)
-        first = -more.ctypes.data % page
-        piece = more[first : first + whole]
-    return np.asarray(_Lent(piece))[:length]
+        begin = more.ctypes.data
+        address = -(-begin // page) * page
+        piece = more[address - begin :][:whole]
+    return np.asarray(_Lent(address, piece))[:length]
 
 
 @functools.cache
