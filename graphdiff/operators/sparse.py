@@ -564,25 +564,27 @@ class SparseTransition(Transition):
 
     def _product(self, y: Tensor, *, transposed: bool) -> Tensor:
         """The edges' part of P y or Pᵀ y; leading dimensions of y are columns more."""
-        columns = y.movedim(-2, 0)
-        flat = columns.reshape(len(columns), -1)
+        if y.ndim > 2:
+            columns = y.movedim(-2, 0)
+            product = self._product(columns.reshape(len(columns), -1), transposed=transposed)
+            return product.reshape(columns.shape).movedim(0, -2).contiguous()
         if composed(self.values, y):
             ends = (self._pattern.sources, self.indices)
             into, out_of = ends[::-1] if transposed else ends
-            steps = self.values.to(y.dtype).unsqueeze(-1) * flat.index_select(0, out_of)
-            product = torch.zeros_like(flat).index_add(0, into, steps)
-        elif transposed and torch.get_num_threads() == 1 and _compiled_product(self.values, flat):
+            steps = self.values.to(y.dtype).unsqueeze(-1) * y.index_select(0, out_of)
+            product = torch.zeros_like(y).index_add(0, into, steps)
+        elif transposed and torch.get_num_threads() == 1 and _compiled_product(self.values, y):
             rows = self.indptr, self.indices, self.values
-            product = _edges().transposed(*rows, flat.detach())
-        elif _scipy_is_fastest(self.values, y) and not _compiled_product(self.values, flat):
+            product = _edges().transposed(*rows, y.detach())
+        elif _scipy_is_fastest(self.values, y) and not _compiled_product(self.values, y):
             matrix = self._transposed_matrix if transposed else self._matrix
-            product = torch.from_numpy(matrix @ flat.detach().numpy())
+            product = torch.from_numpy(matrix @ y.detach().numpy())
         elif transposed:
             indptr, indices, _ = self._pattern.transpose
-            product = csr_product(indptr, indices, self._values_by_column.to(y.dtype), flat)
+            product = csr_product(indptr, indices, self._values_by_column.to(y.dtype), y)
         else:
-            product = csr_product(self.indptr, self.indices, self.values.detach().to(y.dtype), flat)
-        return product.reshape(columns.shape).movedim(0, -2).contiguous()
+            product = csr_product(self.indptr, self.indices, self.values.detach().to(y.dtype), y)
+        return product.contiguous()
 
     @cached_property
     def _matrix(self) -> Any:
@@ -721,7 +723,7 @@ def _another(matrix: Any, kind: type | None = None) -> Any:
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision as float32, all else as it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _stable_order(numbers: Tensor, count: int) -> Tensor:
