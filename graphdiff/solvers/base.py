@@ -661,8 +661,7 @@ class _Best:
         # bound, because the error is e = r + MPe, and what lies between low and high is not e alone but Pe.
         # reach·(low − extra) − (1 − reach)·extra is reach·low − extra.
         reach, places = self._reach(operator), (self.room.lower, self.room.upper)
-        # Of one signal torch's passes take less time.
-        if compiled and asked is None and x.shape[-1] > 1:
+        if compiled and asked is None:
             # The first bounds are one number for all nodes.
             best = [self.lower, self.upper]
             if self.lower is not places[0]:

@@ -1,6 +1,7 @@
 """The evidence of an answer, and the bounds of x* node by node, in one pass over the vectors each, compiled.
 
-Sums and maxima go node after node, for each signal by itself, so that its bits depend on no other.
+Sums go node after node, for each signal by itself, so that its bits depend on no other; maxima and what is
+done to each node alone have the same bits in any order.
 
 This file is read where numba is installed, and compiled when it is first used.
 """
@@ -21,6 +22,8 @@ from graphdiff.operators.threads import pythons
 FOUND = 6
 # Numbers of a vector from which several threads are worth it.
 MANY = 2**20
+# Nodes of a single signal that stand beside each other, like signals, where their order is of no matter.
+BESIDE = 8
 
 
 # A call would count references to the array for every node.
@@ -39,18 +42,16 @@ def _judged(
     residual: Any,
     mu: Any,
     inverse: Any,
-    known: Any,
     started: bool,
     summed: bool,
-    units: Any,
     found: Any,
     first: int,
     lanes: Any,
-) -> Any:
+) -> None:
     """Columns of the residual b − x + µPx from the `first` on; if not `started`, x = 0 and it is b.
 
-    With q = r times `inverse`, the evidence `found` [6, K] is made of max q, max −q and max |x|, of b if not
-    started; if `summed`, of Σ r, Σ |r| and Σ |x|. Returns whether all of it are finite numbers.
+    With q = r times `inverse`, puts max q, max −q and max |x|, of b if not started, into `found` [6, K]; if
+    `summed`, Σ r, Σ |r| and Σ |x|; and then 0, if all of them are finite numbers, else nan.
     """
     last = first + len(lanes)
     right, product, answer = b[:, first:last], walked[:, first:last], x[:, first:last]
@@ -78,12 +79,14 @@ def _judged(
     store(told, uint64(1), down)
     store(told, uint64(2), most)
     store(told, uint64(3), odd)
-    return _concluded(told, scale, known[:, first:last], summed, units)
 
 
 @compiled
 def _concluded(told: Any, inverse: Any, known: Any, summed: bool, units: Any) -> Any:
-    """What `_Best` of `base` makes of the sums or maxima in its place, operation by operation."""
+    """What `_Best` of `base` makes of what `_judged` found, in its place, operation by operation.
+
+    Returns whether all of it are finite numbers.
+    """
     (terms, product, vectors), fine = units, True
     for k in range(told.shape[1]):
         up, down, size, odd = told[0, k], told[1, k], told[2, k], told[3, k]
@@ -105,11 +108,8 @@ def _concluded(told: Any, inverse: Any, known: Any, summed: bool, units: Any) ->
 
 
 @compiled
-def _sized(x: Any, summed: bool, found: Any, first: int, lanes: Any) -> Any:
-    """Columns of max |x| from the `first` on, [2, K], if `summed` of Σ |x|; whether all are finite numbers.
-
-    What stands below them is of no use.
-    """
+def _sized(x: Any, summed: bool, found: Any, first: int, lanes: Any) -> None:
+    """Columns of max |x| from the `first` on, if `summed` of Σ |x|, and below them 0 or nan as `_judged`."""
     signals, told = x[:, first : first + len(lanes)], found[:, first : first + len(lanes)]
     most = odd = zeros(lanes)
     for i in range(uint64(len(signals))):
@@ -118,10 +118,6 @@ def _sized(x: Any, summed: bool, found: Any, first: int, lanes: Any) -> Any:
         odd = odd + (y - y)
     store(told, uint64(0), most)
     store(told, uint64(1), odd)
-    fine = True
-    for k in range(len(lanes)):
-        fine = fine and told[1, k] == 0
-    return fine
 
 
 @compiled
@@ -174,13 +170,42 @@ def _parts(channels: int, threads: int) -> list[Any]:
     return [(first + begin, lanes) for first, some in parts for begin, lanes in some]
 
 
-def _passed(pass_over: Any, places: list[Any], channels: int, nodes: int) -> list[Any]:
-    """What passes over all parts of the columns return, for the arguments of each place, by many threads."""
-    threads = torch.get_num_threads() if len(places) * channels * nodes >= MANY else 1
-    parts = [(*place, *part) for place in places for part in _parts(channels, threads)]
+def _passed(pass_over: Any, places: list[Any]) -> None:
+    """Passes over all parts of the columns, with the arguments of each place, by many threads."""
+    threads = torch.get_num_threads() if sum(place[0].size for place in places) >= MANY else 1
+    parts = [(*place, *part) for place in places for part in _parts(place[0].shape[1], threads)]
     if threads == 1 or len(parts) == 1:
-        return [pass_over(*part) for part in parts]
-    return list(pythons(threads).map(pass_over, *zip(*parts, strict=True)))
+        for part in parts:
+            pass_over(*part)
+    else:
+        list(pythons(threads).map(pass_over, *zip(*parts, strict=True)))
+
+
+def _spread(places: list[Any]) -> list[Any]:
+    """The arrays of each place, where of single signals so that most of their nodes stand beside each other.
+
+    Of [N, 1] then come [N // 8, 8] and after it what is left, [N % 8, 1]; what has other rows is repeated.
+    """
+    nodes, channels = places[0][0].shape
+    if channels > 1 or nodes < LINE:
+        return places
+    whole, parted = nodes - nodes % BESIDE, []
+    for place in places:
+        parted.append(
+            [v[:whole].reshape(-1, BESIDE) if len(v) == nodes else v.repeat(BESIDE, 1) for v in place]
+        )
+        parted.append([v[whole:] if len(v) == nodes else v for v in place])
+    return parted
+
+
+def _measured(pass_over: Any, places: list[Any], flags: tuple[bool, ...], found: Any) -> None:
+    """Fills `found` [batch, rows, K] with what is found of each place; the last flag is `summed`."""
+    parts = places if flags[-1] else _spread(places)
+    into = found if parts is places else [np.empty((found.shape[1], part[0].shape[1])) for part in parts]
+    _passed(pass_over, [(*part, *flags, told) for part, told in zip(parts, into, strict=True)])
+    if parts is not places:
+        for told, most, rest in zip(found, into[::2], into[1::2], strict=True):
+            np.max(np.concatenate((most, rest), 1), 1, keepdims=True, out=told)
 
 
 def _arrays(x: Tensor) -> Any:
@@ -191,11 +216,12 @@ def _arrays(x: Tensor) -> Any:
 
 def sized(x: Tensor, summed: bool) -> Tensor | None:
     """The maximum norm of each signal, or the 1-norm, [..., 1, K]; None where a number is not finite."""
-    vectors, (nodes, channels) = _arrays(x), x.shape[-2:]
+    vectors, channels = _arrays(x), x.shape[-1]
     found = np.empty((len(vectors), 2, channels))
-    places = [(vector, summed, into) for vector, into in zip(vectors, found, strict=True)]
-    fine = all(_passed(_sized, places, channels, nodes))
-    return torch.from_numpy(found[:, 0].reshape(*x.shape[:-2], 1, channels)) if fine else None
+    _measured(_sized, [(vector,) for vector in vectors], (summed,), found)
+    if found[:, 1].any():
+        return None
+    return torch.from_numpy(found[:, 0].reshape(*x.shape[:-2], 1, channels))
 
 
 def judged(
@@ -213,7 +239,7 @@ def judged(
     `started` are µ like `inverse`, and like b Px, x and where the residual goes, whose numbers lie beside
     each other.
     """
-    batch, (nodes, channels) = b.shape[:-2], b.shape[-2:]
+    batch, channels = b.shape[:-2], b.shape[-1]
     mu, *others = (inverse,) if started is None else started
     factors = [x.expand(*batch, *x.shape[-2:]) if batch else x for x in (mu, inverse)]
     arrays = [_arrays(x) for x in (b, *others, *factors)]
@@ -223,12 +249,12 @@ def judged(
     for k, number in enumerate(known):
         if number is not None:
             told[..., k, :] = number.squeeze(-2).numpy()
-    arrays.append(told.reshape(-1, 2, channels))
     found = np.empty((len(arrays[0]), FOUND, channels))
-    each = zip(*arrays, found, strict=True)
-    places = [(*mine, started is not None, summed, units, into) for *mine, into in each]
-    fine = all(_passed(_judged, places, channels, nodes))
-    return torch.from_numpy(found.reshape(*batch, FOUND, 1, channels)).unbind(-3) if fine else None
+    _measured(_judged, list(zip(*arrays, strict=True)), (started is not None, summed), found)
+    for each in zip(found, arrays[-1], told.reshape(-1, 2, channels), strict=True):
+        if not _concluded(*each, summed, units):
+            return None
+    return torch.from_numpy(found.reshape(*batch, FOUND, 1, channels)).unbind(-3)
 
 
 def narrowed(
@@ -243,9 +269,9 @@ def narrowed(
 
     `reach` is [..., 1 or N, 1 or K], the `ends` are low, high and extra of the evidence, [..., 1, K].
     """
-    batch, (nodes, channels) = x.shape[:-2], x.shape[-2:]
+    batch = x.shape[:-2]
     if batch:
         reach = reach.expand(*batch, *reach.shape[-2:])
-    told = np.stack([_arrays(end)[:, 0] for end in ends], 1)
+    told = np.concatenate([_arrays(end) for end in ends], 1)
     arrays = [*(_arrays(v) for v in (x, residual, reach)), told, *(_arrays(v) for v in (*best, *into))]
-    _passed(_narrowed, list(zip(*arrays, strict=True)), channels, nodes)
+    _passed(_narrowed, _spread(list(zip(*arrays, strict=True))))

@@ -118,6 +118,17 @@ def test_what_is_measured_depends_on_the_signal_alone(long, transposed):
         assert torch.equal(getattr(batch, name)[1], getattr(alone, name))
 
 
+SHAPES = {
+    "plain": (75, 5),
+    "channels": (75, 5),
+    "nodes": (75, 5),
+    "batch": (2, 75, 5),
+    "one signal": (75, 1),
+    "one of a batch": (2, 75, 1),
+}
+FACTORS = {"channels": (1, 5), "nodes": (75, 1), "batch": (2, 1, 1), "one of a batch": (2, 75, 1)}
+
+
 def evidence_of(norm, vectors, mu, inverse, started):
     """As found compiled, and by the passes of torch; the residual besides."""
     least, into = (1 / inverse).amin(-2, keepdim=True), torch.empty_like(vectors["b"])
@@ -145,12 +156,12 @@ def evidence_of(norm, vectors, mu, inverse, started):
 
 @pytest.mark.parametrize("norm", ["inf", "one"])
 @pytest.mark.parametrize("started", [False, True])
-@pytest.mark.parametrize("kind", ["plain", "channels", "nodes", "batch"])
+@pytest.mark.parametrize("kind", SHAPES)
 def test_evidence_is_what_torch_finds_in_more_passes(norm, started, kind):
     g = torch.Generator().manual_seed(1)
-    batch = (2,) if kind == "batch" else ()
-    vectors = {k: torch.randn(*batch, 50, 5, generator=g, dtype=torch.float64) for k in ("b", "walked", "x")}
-    shape = {"channels": (1, 5), "nodes": (50, 1), "batch": (2, 1, 1)}.get(kind, (1, 1))
+    shape = SHAPES[kind]
+    vectors = {k: torch.randn(*shape, generator=g, dtype=torch.float64) for k in ("b", "walked", "x")}
+    shape = FACTORS.get(kind, (1, 1))
     mu = 0.2 + 0.7 * torch.rand(shape, generator=g, dtype=torch.float64)
     inverse = 1 / (1 - (mu if norm == "inf" else mu.amax(-2, keepdim=True)))
     found, expected, (into, r) = evidence_of(norm, vectors, mu, inverse, started)
@@ -163,12 +174,13 @@ def test_evidence_is_what_torch_finds_in_more_passes(norm, started, kind):
 @pytest.mark.parametrize("norm", ["inf", "one"])
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["b", "x", "walked"])
-def test_what_is_no_number_is_left_to_torch(norm, odd, where):
-    vectors = {name: signals(LONG, 3, seed) for seed, name in enumerate(("b", "walked", "x"))}
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_no_number_is_left_to_torch(norm, odd, where, channels):
+    vectors = {name: signals(LONG, channels, seed) for seed, name in enumerate(("b", "walked", "x"))}
     inverse = torch.full((1, 1), 2.0, dtype=torch.float64)
     mu = torch.full((1, 1), 0.5, dtype=torch.float64)
     assert evidence_of(norm, vectors, mu, inverse, True)[0] is not None
-    vectors[where][5, 1] = odd
+    vectors[where][5, -1] = odd
     assert evidence_of(norm, vectors, mu, inverse, True)[0] is None
     if where == "b":
         assert evidence_of(norm, vectors, mu, inverse, False)[0] is None
@@ -183,17 +195,16 @@ def test_a_bound_that_overflows_is_left_to_torch():
     assert evidence_of("one", vectors, 0.5 * one, 2 * one, True)[0] is None
 
 
-@pytest.mark.parametrize("kind", ["plain", "channels", "nodes", "batch"])
+@pytest.mark.parametrize("kind", SHAPES)
 def test_bounds_are_narrowed_to_the_bit_as_by_torch(kind):
     g = torch.Generator().manual_seed(2)
-    batch, channels = (2,) if kind == "batch" else (), 5
+    *batch, nodes, channels = SHAPES[kind]
 
     def numbers(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    x, residual, before, after = (numbers(*batch, 50, channels) for _ in range(4))
-    shape = {"channels": (1, channels), "nodes": (50, 1), "batch": (2, 1, 1)}.get(kind, (1, 1))
-    reach, extra = numbers(shape).abs(), numbers(*batch, 1, channels).abs()
+    x, residual, before, after = (numbers(*batch, nodes, channels) for _ in range(4))
+    reach, extra = numbers(*FACTORS.get(kind, (1, 1))).abs(), numbers(*batch, 1, channels).abs()
     low, high = -numbers(*batch, 1, channels).abs(), numbers(*batch, 1, channels).abs()
     wanted = (x + residual) + (reach * low - extra), (x + residual) + (reach * high + extra)
     # Bounds of one number a signal, and those that are replaced.
