@@ -241,7 +241,7 @@ def size(x: Tensor, norm: Norm, scratch: Tensor | None = None) -> Tensor:
 
 def _long(x: Tensor) -> bool:
     """Whether the compiled passes are there for it: long vectors, in float64 on the CPU."""
-    long = x.device.type == "cpu" and x.dtype == torch.float64 and x.shape[-2] >= LONG
+    long = x.shape[-2] >= LONG and x.dtype == torch.float64 and x.device.type == "cpu"
     return long and _compiled() is not None
 
 
@@ -339,7 +339,7 @@ def inner(weights: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 def bounding(operator: Transition, mu: Tensor) -> Callable[[Tensor], Tensor]:
     """From a residual to what bounds ‖x* − x‖, were there no rounding; [..., 1, K]."""
-    norm, inverse = norm_of(operator), 1 / remaining_of(operator, mu)
+    norm, inverse = norm_of(operator), remaining_of(operator, mu).reciprocal_()
     scratch: list[Tensor] = []
 
     def bound(residual: Tensor) -> Tensor:
@@ -457,7 +457,6 @@ class Room(NamedTuple):
     New memory costs several times what a sum over it does.
     """
 
-    x: Tensor
     lower: Tensor
     upper: Tensor
     residual: Tensor
@@ -581,13 +580,13 @@ class _Best:
         self.room, self.scratch = room, room.scratch
         self.reach = reach_of(operator, mu)
         remaining = (1 - self.reach).to(mu.dtype)
-        self.least = remaining if self.norm == "one" else remaining.amin(-2, keepdim=True)
-        self.inverse = 1 / remaining
+        self.least = remaining.amin(-2, keepdim=True)
+        self.inverse = remaining.reciprocal_()
         self.initial = initial
         known = self._compiled_evidence(operator, None)
         if known is None:
-            low, high = self._interval(rhs)
-            known = self._concluded(low, high, size(rhs, self.norm, self.scratch), 0.0)
+            b_size = size(rhs, self.norm, self.scratch)
+            known = self._concluded(*self._interval(rhs, b_size), b_size, 0.0)
         self.rhs_size, self.bound, self.rounding = known.size, known.bound, known.rounding
         self.lower = (known.low - known.extra).expand_as(rhs)
         self.upper = (known.high + known.extra).expand_as(rhs)
@@ -609,7 +608,7 @@ class _Best:
         its_own = step.is_contiguous() and step.untyped_storage().data_ptr() not in others
         if self.x is self.nothing and its_own and step.dtype == self.rhs.dtype:
             return step
-        return torch.add(self.x, step, out=None if self.x is self.room.x else self.room.x)
+        return torch.add(self.x, step, out=empty(step.shape, self.x))
 
     def judge(self, candidate: Tensor, asked: Tensor, precision: torch.dtype) -> None:
         """Take the candidate where some are asked and better; one product computed in `precision`."""
@@ -723,19 +722,21 @@ class _Best:
     def _concluded(self, low: Tensor, high: Tensor, x_size: Tensor, slack: Tensor | float) -> Evidence:
         extra = slack + self._terms() / self.least * _interval_norm(low, high, self.norm)
         bound = _interval_norm(low - extra, high + extra, self.norm)
-        return Evidence(low, high, extra, x_size, bound, _interval_norm(-extra, extra, self.norm))
+        return Evidence(low, high, extra, x_size, bound, extra + extra if self.norm == "one" else extra)
 
-    def _interval(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Bounds of the entries of x* − x, both [..., 1, K]; in the 1-norm, masses below and above 0."""
+    def _interval(self, residual: Tensor, magnitude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Bounds of the entries of x* − x, both [..., 1, K]; in the 1-norm, masses below and above 0.
+
+        The magnitude is the size of the residual, if that is known.
+        """
         if self.norm == "inf":
             q = torch.mul(residual, self.inverse, out=self.scratch)
             return extreme(torch.amin, q), extreme(torch.amax, q)
-        return self._masses(residual.sum(-2, keepdim=True), size(residual, "one", self.scratch))
-
-    def _masses(self, mass: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
         # From their sum and their difference, in fewer passes than one by one. No rounding makes the sum
         # larger than that of magnitudes, which is added up in the same order.
-        half = 0.5 * self.inverse
+        if magnitude is None:
+            magnitude = size(residual, "one", self.scratch)
+        mass, half = residual.sum(-2, keepdim=True), 0.5 * self.inverse
         return (mass - magnitude) * half, (mass + magnitude) * half
 
     def slack(self, operator: Transition, x_size: Tensor) -> Tensor:
