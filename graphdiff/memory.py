@@ -67,8 +67,9 @@ def lent(length: int) -> Any:
     page = HUGE if length >= 2 * HUGE else PAGE
     whole = -(-length // page) * page
     most = LARGER * whole
-    fitting = [(len(each), place) for place, each in list(_kept.items()) if whole <= len(each) <= most]
-    address = min(fitting)[1] if fitting else 0
+    # Of those as large, the one let go last: more of it is in the cache.
+    fitting = [x for x in reversed(list(_kept.items())) if whole <= len(x[1]) <= most]
+    address = min(fitting, key=lambda x: len(x[1]))[0] if fitting else 0
     # Another thread may have taken it.
     piece = _kept.pop(address, None)
     if piece is None:
