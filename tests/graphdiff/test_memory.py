@@ -72,6 +72,15 @@ def test_a_much_larger_piece_is_left_for_who_needs_it():
     assert lent(20 * HUGE).ctypes.data == place
 
 
+def test_what_was_let_go_last_is_lent_first():
+    pieces = [lent(LENT) for _ in range(3)]
+    places = [piece.ctypes.data for piece in pieces]
+    while pieces:
+        pieces.pop()
+    again = [lent(LENT) for _ in range(3)]
+    assert [piece.ctypes.data for piece in again] == places
+
+
 def test_no_more_is_kept_than_promised_and_the_oldest_goes_first():
     pieces = [lent(KEPT // 4) for _ in range(6)]
     places = [piece.ctypes.data for piece in pieces]
