@@ -45,6 +45,7 @@ FLOORS = {
             "solvers.walk",
             "solvers.chebyshev",
             "solvers.cg",
+            "solvers.triangles",
             "solvers.sweeps",
             "solvers.ssor",
             "solvers.directed_sweeps",

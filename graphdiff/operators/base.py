@@ -177,8 +177,8 @@ class Transition(ABC):
         """P as a `scipy.sparse.csr_array`, where the operator is sparse."""
         raise TypeError(f"to_scipy: {self} is not sparse; use dense()")
 
-    def sweep_order(self) -> tuple[Any, bool]:
-        """A sparse operator's nodes in an order to sweep them in, uint32 [N], and whether one has a loop.
+    def sweep_order(self) -> Any:
+        """A sparse operator's nodes in an order to sweep them in, uint32 [N].
 
         Raises:
             ImportError: numba is not installed.
@@ -186,8 +186,18 @@ class Transition(ABC):
         from graphdiff.operators import rows
 
         P = self.to_scipy()
-        order, looped = rows.ordered(P.indptr, P.indices)
-        return order, bool(looped)
+        return rows.ordered(P.indptr, P.indices)
+
+    def equal_steps(self) -> bool:
+        """Whether all steps of a sparse operator from a node are equally likely, for all nodes.
+
+        Raises:
+            ImportError: numba is not installed.
+        """
+        from graphdiff.operators import rows
+
+        P = self.to_scipy()
+        return bool(rows.equal(P.indptr, P.data))
 
     def restarting_at(self, distribution: Tensor) -> "Transition":
         """The walk whose open ends jump to the distribution, [..., N], where `restarts`."""

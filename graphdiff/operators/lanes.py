@@ -312,6 +312,39 @@ _defined(operator.sub, "fsub")
 _defined(operator.mul, "fmul")
 
 
+@intrinsic
+def times(typing: Any, a: Any, weights: Any, place: Any) -> Any:
+    """a times one of the weights, or a where these are None."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if weights == types.none:
+            return args[0]
+        one = builder.load(
+            builder.gep(context.make_array(weights)(context, builder, args[1]).data, [args[2]])
+        )
+        one = context.cast(builder, one, weights.dtype, a.dtype)
+        return builder.fmul(args[0], _alike(builder, one, a.count))
+
+    return a(a, weights, place), code
+
+
+@intrinsic
+def times_beside(typing: Any, a: Any, weights: Any, place: Any) -> Any:
+    """a times as many of the weights, lane by lane, from a place on, or a where these are None."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if weights == types.none:
+            return args[0]
+        some = builder.load(_beside(context, builder, weights, args[1], args[2], a.count))
+        some.align = weights.dtype.bitwidth // 8
+        if weights.dtype != a.dtype:
+            narrower = weights.dtype.bitwidth > a.dtype.bitwidth
+            some = (builder.fptrunc if narrower else builder.fpext)(some, context.get_value_type(a))
+        return builder.fmul(args[0], some)
+
+    return a(a, weights, place), code
+
+
 def _prefetched(builder: Any, place: Any) -> None:
     """Ask for the line of the cache with a byte."""
     number = ir.IntType(32)

@@ -17,8 +17,8 @@ from graphdiff.operators.lanes import LINE, ahead, fill, single
 
 # Colours counted apart; nodes beyond them share the last, which costs speed and no more.
 COLOURS = 256
-# The bits of a word are colours below `OWN`, the node itself, and all other colours or none yet.
-OWN, OTHER = 62, 63
+# The bits of a word are colours below `OTHER`, and this is all others or none yet.
+OTHER = 63
 # A node and where its row starts are the halves of a word.
 NODE, HALF = 2**32 - 1, 32
 # Fewer nodes of one colour and one degree than are swept at once stand as they are.
@@ -179,6 +179,18 @@ def by_length(begins: Any, table: Any) -> Any:
 
 
 @compiled
+def equal(starts: Any, values: Any) -> bool:
+    """Whether the values of each row are one number."""
+    for i in range(uint64(len(starts) - 1)):
+        first, last, alike = uint64(starts[i]), uint64(starts[i + uint64(1)]), True
+        for e in range(first, last):
+            alike &= values[e] == values[first]
+        if not alike:
+            return False
+    return True
+
+
+@compiled
 def symmetric(starts: Any, nodes: Any, weights: Any) -> bool:
     """Whether every edge has a mirror image of the very same weight, for rows in the order of their nodes.
 
@@ -243,11 +255,11 @@ def _by_degree(starts: Any) -> tuple[Any, Any]:
 
 
 @compiled
-def _coloured(nodes: Any, order: Any, ends: Any) -> tuple[Any, Any, Any, Any, bool]:
+def _coloured(nodes: Any, order: Any, ends: Any) -> tuple[Any, Any, Any, Any]:
     """The colours of nodes by their order, uint8 [N]: the first that no neighbour before has.
 
-    And how many have each; by node, colours below `OWN`, else `OTHER`; by node, colours from `OWN` on, else
-    0; and whether a node has a loop.
+    And how many have each; by node, colours below `OTHER`, else `OTHER`; and by node, colours from there on,
+    else 0.
     """
     count, longest = uint64(len(order)), uint64(len(ends)) - uint64(1)
     colours, numbers = np.empty(count, np.uint8), np.zeros(COLOURS, np.uint64)
@@ -256,19 +268,15 @@ def _coloured(nodes: Any, order: Any, ends: Any) -> tuple[Any, Any, Any, Any, bo
         np.zeros(count, np.uint8),
         np.empty(COLOURS, np.bool_),
     )
-    seen, own, other = uint64(0), uint64(1) << uint64(OWN), uint64(1) << uint64(OTHER)
     a = uint64(0)
     for shorter in range(longest + uint64(1)):
         degree, end = longest - shorter, uint64(ends[shorter])
         while a < end:
             i, begin = order[a] & uint64(NODE), order[a] >> uint64(HALF)
             ahead(nodes, order[min(a + uint64(SOON), count - uint64(1))] >> uint64(HALF))
-            bit[i] = OWN
-            bits = other
+            bits = uint64(1) << uint64(OTHER)
             for e in range(begin, begin + degree):
                 bits |= uint64(1) << (uint64(single(bit, uint64(nodes[e]))) & uint64(63))
-            seen |= bits
-            bits |= own
             if ~bits != uint64(0):
                 found = _lowest(~bits)
                 bit[i] = found
@@ -276,28 +284,28 @@ def _coloured(nodes: Any, order: Any, ends: Any) -> tuple[Any, Any, Any, Any, bo
                 taken[:] = False
                 for e in range(begin, begin + degree):
                     taken[uint64(beyond[uint64(nodes[e])])] = True
-                found = uint64(OWN)
+                found = uint64(OTHER)
                 while found < uint64(COLOURS - 1) and taken[found]:
                     found += uint64(1)
                 bit[i], beyond[i] = OTHER, found
             colours[a] = found
             numbers[found] += uint64(1)
             a += uint64(1)
-    return colours, numbers, bit, beyond, seen & own != uint64(0)
+    return colours, numbers, bit, beyond
 
 
 @compiled
 def ordered(starts: Any, nodes: Any) -> Any:
     """Nodes by colour, within one the largest degrees first, of these those with most edges back; [N] uint32.
 
-    And whether a node has a loop. For less than 2³² edges.
+    For less than 2³² edges.
 
     Few neighbours share a colour, so a sweep seldom waits for the row before; rows of one length in both
     triangles follow each other, so that its branches are foreseen, which is worth up to half of its time; and
     the hubs, which all others read, lie together.
     """
     order, ends = _by_degree(starts)
-    colours, numbers, bit, beyond, looped = _coloured(nodes, order, ends)
+    colours, numbers, bit, beyond = _coloured(nodes, order, ends)
     count, longest, most = uint64(len(order)), uint64(len(ends)) - uint64(1), uint64(colours.max())
     found, lined = np.empty(count, np.uint32), np.empty(count, np.uint64)
     # Of each colour, where the next goes, and where those of one degree begin.
@@ -321,7 +329,7 @@ def ordered(starts: Any, nodes: Any) -> Any:
             begins[own] = last
             if last - first < uint64(FEW):
                 continue
-            known = bit if own < uint64(OWN) else beyond
+            known = bit if own < uint64(OTHER) else beyond
             for b in range(first, last):
                 ahead(nodes, lined[min(b + uint64(SOON), last - uint64(1))] >> uint64(HALF))
                 begin, later = lined[b] >> uint64(HALF), uint64(0)
@@ -338,4 +346,4 @@ def ordered(starts: Any, nodes: Any) -> Any:
                 place[k] += np.uint32(1)
             for k in range(degree + uint64(2)):
                 place[k] = 0
-    return found, looped
+    return found

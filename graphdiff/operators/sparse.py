@@ -655,11 +655,19 @@ class SparseTransition(Transition):
             return super().to_scipy()
         return _another(self._matrix)
 
-    def sweep_order(self) -> tuple[Any, bool]:
+    def sweep_order(self) -> Any:
         """As of any sparse operator; found once for all on the same edges."""
         if self._pattern.sweep_order is None:
             self._pattern.sweep_order = super().sweep_order()
         return self._pattern.sweep_order
+
+    @cached_property
+    def _equal_steps(self) -> bool:
+        return super().equal_steps()
+
+    def equal_steps(self) -> bool:
+        """As of any sparse operator; known of graphs that came without weights."""
+        return self._equal_steps
 
     def __repr__(self) -> str:
         facts = [f"{len(self.indices)} edges"]
@@ -673,7 +681,7 @@ class _Pattern:
 
     symmetric = False
     """Whether it is known that every edge has a mirror image."""
-    sweep_order: tuple[Any, bool] | None = None
+    sweep_order: Any = None
     """That of the operators, once one was asked; four bytes a node."""
 
     def __init__(self, indptr: Tensor, indices: Tensor, dangling: Tensor | None) -> None:
@@ -955,6 +963,8 @@ def _compiled_walk(
     walk.__dict__.update(edges, log_degree=log_degree, dangling=None, jump=None)
     walk.__dict__["_edge_sums"] = torch.from_numpy(sums).unsqueeze(-1)
     walk._pattern.symmetric = symmetric
+    if alike:
+        walk.__dict__["_equal_steps"] = True
     if symmetric:
         walk._pattern.__dict__["longest"] = longest
     if type(A) is sparse.csr_array:

@@ -44,25 +44,29 @@ OFTEN = 4
 
 
 class Triangles(NamedTuple):
-    """What is made of a walk for one µ [N]: what `split` of the compiled sweeps returns."""
+    """What is made of a walk for one µ: what `split` returns, but for weights that sum a residual up [N].
 
-    mu: Any
+    With ρ = (I − L)⁻¹δ⁻¹ times the residual the bound times max |ρ|, or Σ |ρ| with the weights where norms
+    are sums, bounds the error.
+    """
+
     place: Any
     lower: Any
     upper: Any
-    scales: Any
+    rows: Any
+    inverse: Any
+    weights: Any
     bound: float
 
 
 class Swept(NamedTuple):
-    """The operator, µ, rows of the operator, a shadow [N], triangles: one for each µ, and memory to sweep in.
+    """The operator, µ, a shadow [N], triangles, and memory to sweep in.
 
-    Rows are CSR's three arrays. Triangles are in the order of µ's leading dimensions and channels.
+    Triangles are one for each µ, in the order of its leading dimensions and channels.
     """
 
     operator: Transition
     mu: Tensor
-    rows: tuple[Any, Any, Any]
     shadow: Any
     triangles: list[Triangles]
     memory: dict[int, dict[Any, Any]]
@@ -124,16 +128,22 @@ class DirectedSSOR(Solver):
             raise ImportError("solver: DirectedSSOR needs numba; pip install numba, or use BiCGSTAB()")
         P, nodes, summed = operator.to_scipy(), operator.shape[-1], norm_of(operator) == "one"
         # That of the transpose has rows of other lengths.
-        order, looped = sweeps.ordered(P.indptr, P.indices) if summed else operator.sweep_order()
+        order = sweeps.ordered(P.indptr, P.indices) if summed else operator.sweep_order()
+        equal = sweeps.equal(P.indptr, P.data) if summed else operator.equal_steps()
         rows, triangles = (P.indptr, P.indices, P.data), []
         for m, remaining in each_mu(operator, mu):
             dtype = np.float32 if 1 - m.max() >= NEAR else np.float64
-            found = sweeps.split(*rows, order, looped, summed, m, remaining, dtype)
-            triangles.append(Triangles(m, *found))
+            across = np.zeros(nodes) if summed else None
+            place, lower, upper, by_rows, inverse, _, bound = sweeps.split(
+                *rows, order, equal, m, remaining, dtype, across=across
+            )
+            weights = np.ones(nodes) if across is None else across
+            bound = bound if across is None else 1 / remaining.min()
+            triangles.append(Triangles(place, lower, upper, by_rows, inverse, weights, bound))
         # One for all signals, which none is orthogonal to but by accident. Where the start is a single node,
         # its residual in this place takes up to 1.7 times as many steps.
         shadow = np.random.default_rng(0).uniform(-1.0, 1.0, nodes)
-        return Swept(operator, mu, rows, shadow, triangles, {})
+        return Swept(operator, mu, shadow, triangles, {})
 
     def solve(self, state: Swept, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Iterate until the bound of each right-hand side is below its target."""
@@ -148,7 +158,7 @@ class DirectedSSOR(Solver):
         def sweep(line: Line, memory: dict[Any, Any], b: Any, guess: Any, found: Any) -> None:
             _Block(state, line, memory).solve(b, guess, found, done)
 
-        sizes = [found.lower[2].itemsize for found in state.triangles]
+        sizes = [found.lower[3].itemsize for found in state.triangles]
         steps, unfinished = sweep_all(sweep, mu, sizes, (rhs, start, y), state.memory, done)
         if bool(pinned.any()):
             # Where µ_i = 0 the answer is b_i, to the last bit.
@@ -163,10 +173,10 @@ class _Block:
     """The memory for a line of signals, and what is swept in it."""
 
     def __init__(self, state: Swept, line: Line, memory: dict[Any, Any]) -> None:
-        operator, mu, self.rows, self.shadow, triangles, _ = state
+        operator, mu, self.shadow, triangles, _ = state
         number, self.width, self.place = line.number, line.width, (line.place, line.part)
         self.triangles = found = triangles[number]
-        nodes, dtype = len(found.place), found.lower[2].dtype
+        nodes, dtype = len(found.place), found.lower[3].dtype
         self.most = max(1, BURST // (2 * self.width * (len(found.lower[1]) + len(found.upper[1]) + nodes)))
         self.summed = norm_of(operator) == "one"
         self.rate = mu.amax(-2).reshape(-1)[number].double()
@@ -194,9 +204,8 @@ class _Block:
         started = sweeps.sized(given, start, size, lanes)
         unit = (1 / size).reshape(1, -1)
         sweeps.begun(start, unit, y, lanes)
-        inverse, weights = triangles.scales
-        system = self.rows, triangles.mu, triangles.place, inverse, triangles.lower, given, unit, y
-        summing = self.shadow, weights, self.summed
+        system = triangles.rows, triangles.place, triangles.inverse, triangles.lower, given, unit, y
+        summing = self.shadow, triangles.weights, self.summed
         sweeps.residual(*system, started, r, *summing, sums, lanes)
         factor = size * triangles.bound
         product, bound = sums[0].copy(), sums[1] * factor
@@ -213,7 +222,7 @@ class _Block:
 
         def advance(most: int) -> None:
             sweeps.iterated(
-                *(triangles.lower, triangles.upper, self.shadow, weights, self.summed),
+                *(triangles.lower, triangles.upper, *summing),
                 *(factor, vectors, numbers, most, lanes),
             )
 

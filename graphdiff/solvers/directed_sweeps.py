@@ -1,9 +1,8 @@
 """The sweeps of `DirectedSSOR`, compiled: many signals side by side, as in `sweeps`.
 
-With δ_i = 1 − µ_i P_ii the system δ⁻¹(I − MP) is I − L − U, L strictly lower and U strictly upper triangular
-in an order of the nodes. Stabilised biconjugate gradients on (I − L)⁻¹(I − L − U)(I − U)⁻¹ take no product
-(Eisenstat 1981, as in `sweeps`): with t = (I − U)⁻¹ p and w = (I − L)⁻¹(p − t) the image of p is t + w, and t
-is the direction in which x moves. Each half of a step is one pass back and one forth.
+Stabilised biconjugate gradients on (I − L)⁻¹(I − L − U)(I − U)⁻¹, of the system I − L − U of `triangles`,
+take no product (Eisenstat 1981, as in `sweeps`): with t = (I − U)⁻¹ p and w = (I − L)⁻¹(p − t) the image of p
+is t + w, and t is the direction in which x moves. Each half of a step is one pass back and one forth.
 
 This file is read where numba is installed, and compiled when it is first used.
 """
@@ -15,7 +14,6 @@ from numba import uint64
 
 from graphdiff.operators.compiled import compiled
 from graphdiff.operators.lanes import (
-    ahead,
     larger,
     load,
     magnitude,
@@ -25,18 +23,14 @@ from graphdiff.operators.lanes import (
     wide,
     zeros,
 )
-from graphdiff.operators.rows import block, ordered
-from graphdiff.solvers.sweeps import (
-    SOON,
-    four_rows,
-    of_row,
-    sized,
-    taken,
-)
+from graphdiff.operators.rows import block, equal, ordered
+from graphdiff.solvers.sweeps import four_rows, sized, taken
+from graphdiff.solvers.triangles import FOUR, of_row, split
 
 __all__ = [
     "begun",
     "block",
+    "equal",
     "gathered",
     "iterated",
     "left",
@@ -47,102 +41,6 @@ __all__ = [
     "split",
     "taken",
 ]
-
-
-# --- the triangles
-
-
-def split(
-    starts: Any,
-    nodes: Any,
-    values: Any,
-    order: Any,
-    looped: bool,
-    summed: bool,
-    mu: Any,
-    remaining: Any,
-    dtype: Any,
-) -> Any:
-    """The places of the nodes; L and U by rows, in a dtype; 1/δ and weights, [N] each; and a bound.
-
-    P is given by its rows, µ and `remaining` node by node; all but the places, [N] uint32, is in the order.
-    `looped` says whether any P_ii may not be 0. With
-    ρ = (I − L)⁻¹δ⁻¹ times the true residual, a row of this one divided by its `remaining` is at most the
-    bound times max |ρ|; if `summed`, its 1-norm divided by the smallest `remaining` is at most the bound
-    times Σ |ρ| times the weights.
-    """
-    count, edges = len(order), len(nodes)
-    # Where a triangle has less than all edges, the rest of its memory is never touched.
-    numbers, scales = (2 * edges, np.uint32), (2 * count, np.float64)
-    ends, place, scales, into, of = block(
-        (2 * count + 2, np.uint32), (count, np.uint32), scales, numbers, (2 * edges, dtype)
-    )
-    ends, scales = ends.reshape(2, -1), scales.reshape(2, count)
-    first, second, bound = _split(
-        starts, nodes, values, order, looped, summed, mu, remaining, ends, place, scales, into, of
-    )
-    lower = ends[0], into[:first], of[:first]
-    return place, lower, (ends[1], into[edges:second], of[edges:second]), scales, bound
-
-
-@compiled(error_model="numpy")
-def _split(
-    starts: Any,
-    nodes: Any,
-    values: Any,
-    order: Any,
-    looped: bool,
-    summed: bool,
-    mu: Any,
-    remaining: Any,
-    ends: Any,
-    place: Any,
-    scales: Any,
-    into: Any,
-    of: Any,
-) -> Any:
-    """Where the edges of L and of U end in `into` and `of`, and the bound."""
-    count, one = uint64(len(order)), uint64(1)
-    for a in range(count):
-        place[uint64(order[a])] = a
-    first, second = uint64(0), uint64(len(nodes))
-    ends[0, 0] = ends[1, 0] = 0
-    scales[1] = 0.0 if summed else 1.0
-    bound, least = 0.0, np.inf
-    for a in range(count):
-        if a + SOON < count:
-            soon = uint64(starts[uint64(order[a + SOON])])
-            ahead(nodes, soon)
-            ahead(values, soon)
-        i, loop, before = uint64(order[a]), 0.0, 0.0
-        if looped:
-            for e in range(uint64(starts[i]), uint64(starts[i + one])):
-                if uint64(nodes[e]) == i:
-                    loop += values[e]
-        diagonal = 1 - mu[i] * loop
-        share = mu[i] / diagonal
-        for e in range(uint64(starts[i]), uint64(starts[i + one])):
-            b = uint64(place[uint64(nodes[e])])
-            if b == a:
-                continue
-            # Which triangle is a matter of chance, so no branch: half of them would be foreseen wrongly.
-            earlier = uint64(b < a)
-            spot = first if earlier else second
-            into[spot], of[spot] = b, share * values[e]
-            first, second = first + earlier, second + (one - earlier)
-            step = float(earlier) * (mu[i] * values[e])
-            before += step
-            if summed:
-                scales[1, b] += step
-        ends[0, a + one], ends[1, a + one] = first, second - uint64(len(nodes))
-        scales[0, a] = 1 / diagonal
-        if summed:
-            scales[1, a] += diagonal
-        least, bound = min(least, remaining[i]), max(bound, (diagonal + before) / remaining[i])
-    return first, second, 1 / least if summed else bound
-
-
-# --- a block of signals
 
 
 @compiled
@@ -169,7 +67,6 @@ def gathered(place: Any, mask: Any, x: Any, best: Any, y: Any, lanes: Any) -> No
 @compiled
 def residual(
     rows: Any,
-    mu: Any,
     place: Any,
     inverse: Any,
     lower: Any,
@@ -186,24 +83,21 @@ def residual(
 ) -> None:
     """r = (I − L)⁻¹δ⁻¹ of the residual of y, in float64 from the walk itself; `sums` as of `moved`.
 
-    y [N, W], which is 0 if not `started`, is in float64, in units of 1/`unit` [1, W]; µ and the places in the
-    order are those of the nodes, and `inverse` is 1/δ in the order.
+    y [N, W], which is 0 if not `started`, is in float64, in units of 1/`unit` [1, W]; `inverse` is 1/δ.
     """
-    scale, (starts, numbers, values) = load(unit, uint64(0), lanes), lower
-    begins, into, steps = rows
+    scale, (starts, nodes, values, gains) = load(unit, uint64(0), lanes), lower
+    begins, into, steps, factor = rows
     # The walk's rows as they lie in memory; in the order they would lie anywhere.
     for i in range(uint64(len(place))):
         a = uint64(place[i])
         v = wide(load(given, i, lanes)) * scale
         if started:
-            v = v - (load(y, i, lanes) - of_row(begins, into, steps, y, i, lanes) * mu[i])
-        store(r, a, narrow(v * inverse[a], r))
+            v = v - (load(y, i, lanes) - of_row(begins, into, steps, y, i, lanes) * factor[i])
+        store(r, a, narrow(v * inverse[i], r))
     a0 = zeros(lanes)
     a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
     for a in range(uint64(len(weights))):
-        q = load(r, a, lanes)
-        for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
-            q = q + load(r, uint64(numbers[e]), lanes) * values[e]
+        q = load(r, a, lanes) + of_row(starts, nodes, values, r, a, lanes) * gains[a]
         store(r, a, q)
         v = wide(q)
         a0, a1, a2, a3 = a1, a2, a3, a0 + v * shadow[a]
@@ -216,29 +110,27 @@ def residual(
 @compiled
 def _turned(upper: Any, r: Any, p: Any, v: Any, turn: Any, along: Any, t: Any, lanes: Any) -> None:
     """p ← r + turn·(p − along·v) and t = (I − U)⁻¹ p."""
-    starts, nodes, values = upper
+    starts, nodes, values, gains = upper
     beta, omega = load(turn, uint64(0), lanes), load(along, uint64(0), lanes)
     a = uint64(len(starts) - 1)
     while a > 0:
         a -= uint64(1)
         q = load(r, a, lanes) + (load(p, a, lanes) - load(v, a, lanes) * omega) * beta
         store(p, a, q)
-        for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
-            q = q + load(t, uint64(nodes[e]), lanes) * values[e]
+        q = q + of_row(starts, nodes, values, t, a, lanes) * gains[a]
         store(t, a, q)
 
 
 @compiled
 def _seen(lower: Any, p: Any, t: Any, w: Any, shadow: Any, sums: Any, lanes: Any) -> None:
     """w = (I − L)⁻¹(p − t), and ⟨shadow, t + w⟩ into a row of `sums`."""
-    starts, nodes, values = lower
+    starts, nodes, values, gains = lower
     s0 = zeros(lanes)
     s1, s2, s3 = s0, s0, s0
     for a in range(uint64(len(starts) - 1)):
         direction = load(t, a, lanes)
         q = load(p, a, lanes) - direction
-        for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
-            q = q + load(w, uint64(nodes[e]), lanes) * values[e]
+        q = q + of_row(starts, nodes, values, w, a, lanes) * gains[a]
         store(w, a, q)
         s0, s1, s2, s3 = s1, s2, s3, s0 + wide(q + direction) * shadow[a]
     store(sums, uint64(0), (s0 + s1) + (s2 + s3))
@@ -259,7 +151,7 @@ def _halfway(
     lanes: Any,
 ) -> None:
     """v = t + w, x ← x + across·t, r ← r − across·v and t ← (I − U)⁻¹ r; `best` is x before where better."""
-    starts, nodes, values = upper
+    starts, nodes, values, gains = upper
     alpha, mask = load(across, uint64(0), lanes), load(better, uint64(0), lanes)
     a = uint64(len(starts) - 1)
     while a > 0:
@@ -272,22 +164,20 @@ def _halfway(
         store(v, a, image)
         q = load(r, a, lanes) - image * alpha
         store(r, a, q)
-        for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
-            q = q + load(t, uint64(nodes[e]), lanes) * values[e]
+        q = q + of_row(starts, nodes, values, t, a, lanes) * gains[a]
         store(t, a, q)
 
 
 @compiled
 def _lessened(lower: Any, r: Any, t: Any, w: Any, sums: Any, lanes: Any) -> None:
     """w = (I − L)⁻¹(r − t); ⟨r, t + w⟩ and ⟨t + w, t + w⟩ into `sums`."""
-    starts, nodes, values = lower
+    starts, nodes, values, gains = lower
     a0 = zeros(lanes)
     a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
     for a in range(uint64(len(starts) - 1)):
         direction, half = load(t, a, lanes), load(r, a, lanes)
         q = half - direction
-        for e in range(uint64(starts[a]), uint64(starts[a + uint64(1)])):
-            q = q + load(w, uint64(nodes[e]), lanes) * values[e]
+        q = q + of_row(starts, nodes, values, w, a, lanes) * gains[a]
         store(w, a, q)
         image = wide(q + direction)
         a0, a1, a2, a3 = a1, a2, a3, a0 + image * wide(half)
@@ -343,7 +233,7 @@ def moved(
     if len(lanes) == 1:
         # Of one signal four nodes stand beside each other.
         parts = np.empty((8, 1), np.float64)
-        _moved_by_fours(x, r, t, w, along[0, 0], shadow, weights, summed, parts, (0, 0, 0, 0))
+        _moved_by_fours(x, r, t, w, along[0, 0], shadow, weights, summed, parts, FOUR)
         first = uint64(len(weights)) // uint64(4) * uint64(4)
         a0, a1, a2, a3 = four_rows(parts, uint64(0), lanes)
         b0, b1, b2, b3 = four_rows(parts, uint64(4), lanes)

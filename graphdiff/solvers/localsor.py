@@ -61,7 +61,7 @@ class Halves(NamedTuple):
 
 def halved(columns: Columns, weight: Array) -> Halves:
     """The triangles of a walk, by the weights that make it self-adjoint."""
-    (order, _), root = ordered(columns.indptr, columns.indices), np.sqrt(weight)
+    order, root = ordered(columns.indptr, columns.indices), np.sqrt(weight)
     found = triangles(columns.indptr, columns.indices, columns.values, order, root)
     return Halves(order.astype(np.int64), weight[order], root[order], *found)
 

@@ -51,23 +51,25 @@ BURST = 10**8
 
 
 class Triangles(NamedTuple):
-    """What is made of a walk for one µ [N]: the largest of it, and what the compiled `split` returns."""
+    """What is made of a walk for one µ [N]: the largest of it, and what `split` returns."""
 
     mu: Any
     largest: float
+    place: Any
     lower: Any
     upper: Any
-    node: Any
+    rows: Any
+    inverse: Any
     weights: Any
     bound: float
 
 
 class Swept(NamedTuple):
-    """The operator, µ, log d − max log d [N, 1] and its least, d and rows, triangles, and memory to sweep in.
+    """The operator, µ, log d − max log d [N, 1] and its least, d, triangles, and memory to sweep in.
 
-    Rows, CSR's three arrays, are those of the walk that is stochastic by rows. Triangles are one for each µ,
-    in the order of its leading dimensions and channels. New memory for every few signals would cost as much
-    as sweeping them several times.
+    Triangles are those of the walk that is stochastic by rows, one for each µ in the order of its leading
+    dimensions and channels. New memory for every few signals would cost as much as sweeping them several
+    times.
     """
 
     operator: Transition
@@ -75,7 +77,6 @@ class Swept(NamedTuple):
     log_weight: Tensor
     least: float
     degree: Any
-    rows: tuple[Any, Any, Any]
     triangles: list[Triangles]
     memory: dict[int, dict[Any, Any]]
 
@@ -139,15 +140,19 @@ class SSOR(Solver):
         log_weight, least = log_degree - high, max(float(low - high), LEAST)
         degree = log_weight.squeeze(-1).double().clamp(min=LEAST).exp_().numpy()
         P = operator.to_scipy()
-        order, looped = operator.sweep_order()
-        rows, even = (P.indptr, P.indices, P.data), math.exp(least) >= EVEN
-        triangles = []
+        order, equal = operator.sweep_order(), operator.equal_steps()
+        even, triangles = math.exp(least) >= EVEN, []
         for m, remaining in each_mu(operator, mu):
             largest = float(m[0] if mu.shape[-2] == 1 else m.max())
             dtype = np.float32 if even and 1 - largest >= NEAR else np.float64
-            found = sweeps.split(*rows, order, looped, degree, m, remaining, dtype)
+            rows = P.indptr, P.indices, P.data
+            place, *halves, by_rows, inverse, weights, bound = sweeps.split(
+                *rows, order, equal, m, remaining, dtype, degree
+            )
+            lower, upper = map(sweeps.in_groups, halves)
+            found = place, lower, upper, by_rows, inverse, weights, bound
             triangles.append(Triangles(m, largest, *found))
-        return Swept(operator, mu, log_weight, least, degree, rows, triangles, {})
+        return Swept(operator, mu, log_weight, least, degree, triangles, {})
 
     def transposed(self, state: Swept) -> Swept:
         """The same triangles: I − MPᵀ = M S D⁻¹ where I − MP = M D⁻¹ S."""
@@ -171,7 +176,7 @@ class SSOR(Solver):
         def sweep(line: Line, memory: dict[Any, Any], b: Any, guess: Any, found: Any) -> None:
             _Block(state, line, memory).solve(b, guess, found, done, pinned)
 
-        sizes = [found.lower[2].itemsize for found in state.triangles]
+        sizes = [found.lower[3].itemsize for found in state.triangles]
         steps, unfinished = sweep_all(sweep, mu, sizes, (given, start, y), state.memory, done)
         # A product and a triangle for the residual of the start and of each renewal.
         matvecs = torch.from_numpy(done.steps + (3 * done.renewals + 4) // 2)
@@ -356,12 +361,13 @@ class _Block:
     """The memory for a line of signals, and what is swept in it."""
 
     def __init__(self, state: Swept, line: Line, memory: dict[Any, Any]) -> None:
-        operator, _, _, least, degree, self.rows, triangles, _ = state
+        operator, _, _, least, degree, triangles, _ = state
         number, self.width, self.place = line.number, line.width, (line.place, line.part)
         self.triangles = found = triangles[number]
-        self.nodes = degree, found.mu, found.node
+        self.nodes = degree, found.mu, found.place, found.inverse
         nodes, edges = len(degree), len(found.lower[1]) + len(found.upper[1])
-        dtype = found.lower[2].dtype
+        # The gains'.
+        dtype = found.lower[3].dtype
         self.most = max(1, BURST // (self.width * (edges + nodes)))
         self.summed = operator.stochastic == "columns"
         self.factor = found.bound
@@ -396,14 +402,14 @@ class _Block:
         turn, step, mask = (np.zeros((1, self.width), x.dtype) for _ in range(3))
         size, sums = np.ones(self.width), np.zeros((2, self.width))
         started, summed = sweeps.sized(given, start, size, lanes), self.summed
-        unit, weights = (1 / size).reshape(1, -1), (triangles.weights[int(summed)], summed)
+        unit, weights = (1 / size).reshape(1, -1), (triangles.weights, summed)
         sweeps.begun(self.nodes, start, unit, y, summed, lanes)
         share = np.ones((1, self.width))
         if started:
-            sweeps.fitted(self.rows, self.nodes, given, unit, y, summed, share, lanes)
+            sweeps.fitted(triangles.rows, self.nodes, given, unit, y, summed, share, lanes)
 
         def residual(into: Any, started: bool) -> None:
-            sweeps.residual(self.rows, self.nodes, given, unit, y, share, started, into, summed, lanes)
+            sweeps.residual(triangles.rows, self.nodes, given, unit, y, share, started, into, summed, lanes)
             sweeps.lowered(triangles.lower, into, *weights, sums, lanes)
 
         residual(r, started)

@@ -1,10 +1,10 @@
 """The sweeps of `SSOR`, compiled: many signals side by side in the lanes of a processor's vectors.
 
-With B the weights of a reversible walk, symmetric, the system is (I − L − Lᵀ) x = b after scaling, L strictly
-lower triangular. One step of conjugate gradients on (I − L)⁻¹(I − L − Lᵀ)(I − Lᵀ)⁻¹ takes two triangular
-solves and no product besides (Eisenstat, "Efficient implementation of a class of preconditioned conjugate
-gradient methods", SIAM J. Sci. Stat. Comput. 2, 1981): with t = (I − Lᵀ)⁻¹ p and w = (I − L)⁻¹(p − t) its
-image of p is t + w, and t is the direction in which x moves.
+With ω = dδ/µ, d the weights that make the walk reversible, the system I − L − U of `triangles` is symmetric
+in the inner product ⟨x, y⟩ = Σ ω x y. One step of conjugate gradients on (I − L)⁻¹(I − L − U)(I − U)⁻¹ takes
+two triangular solves and no product besides (Eisenstat, "Efficient implementation of a class of
+preconditioned conjugate gradient methods", SIAM J. Sci. Stat. Comput. 2, 1981): with t = (I − U)⁻¹ p and
+w = (I − L)⁻¹(p − t) its image of p is t + w, and t is the direction in which x moves.
 
 Vectors are [N, W]: W signals, each added up in one order whatever W is, so that a signal's bits do not depend
 on those beside it. Of one signal alone it is rows that stand side by side, so many of one length that do not
@@ -15,142 +15,58 @@ it is first used.
 from typing import Any
 
 import numpy as np
-from numba import int64, uint64
+from numba import uint64
 
 from graphdiff.operators.compiled import compiled
 from graphdiff.operators.lanes import (
-    ahead,
     any_in,
     any_of,
     beside,
-    increased,
     larger,
     load,
     magnitude,
     narrow,
     picked,
     put,
-    soon,
     store,
-    total,
+    times,
+    times_beside,
     where,
     wide,
     zeros,
 )
 from graphdiff.operators.rows import block
+from graphdiff.solvers.triangles import FOUR, of_row, split
 
-# So many rows ahead a row is asked for: rows in the order lie anywhere in memory.
-SOON = 12
-# So many edges ahead a row of many signals is asked for.
-FAR = 32
-# Nodes of which it is asked what a start is worth, and what share of it is as good as all.
-SAMPLED, NEARLY = 4096, 0.9
+__all__ = [
+    "begun",
+    "block",
+    "fitted",
+    "gathered",
+    "in_groups",
+    "iterated",
+    "left",
+    "lowered",
+    "residual",
+    "sized",
+    "split",
+    "taken",
+]
+
 # Rows of a group, and the number of edges with which a row belongs to none.
 GROUP, LONG = 8, 16
-EIGHT, FOUR = (0,) * GROUP, (0,) * 4
+EIGHT = (0,) * GROUP
+# Nodes of which it is asked what a start is worth, and what share of it is as good as all.
+SAMPLED, NEARLY = 4096, 0.9
 
-# --- the triangles
-
-
-def split(
-    starts: Any,
-    nodes: Any,
-    values: Any,
-    order: Any,
-    looped: bool,
-    degree: Any,
-    mu: Any,
-    remaining: Any,
-    dtype: Any,
-) -> Any:
-    """L and Lᵀ by rows, in a dtype; 1/√ω and the place of each node [N, 2]; weights [2, N]; and a bound.
-
-    Of P with weights d, ω = d(1 − µP_ii)/µ scales D(M⁻¹ − P) to I − L − Lᵀ; `looped` says whether any P_ii
-    may not be 0. With ρ = (I − L)⁻¹ times the residual in the symmetric system, a row of the true one divided
-    by `remaining`, 1 − µ·rowsum, is at most the bound times max |ρ| times the first weights, which are 1/√ω;
-    and in the transposed system its 1-norm is at most Σ |ρ| times the second. Triangles and weights are in
-    the order, the rest is not. Nodes where µ = 0 belong to neither triangle.
-
-    A triangle is where its rows start, its numbers and values, and its runs, as `grouped` has them.
-    """
-    count, edges, most = len(order), len(nodes), 2 * (len(order) // (GROUP + 1)) + 5
-    ends, runs = (2 * count + 2, np.uint32), (2 * most, np.uint32)
-    # Where a triangle has less than all edges, the rest of its memory is never touched.
-    scales = [(2 * count, np.float64)] * 2
-    parts = block(ends, runs, *scales, (2 * edges + 2, np.uint32), (2 * edges + 2, dtype))
-    ends, runs, into, of = (part.reshape(2, -1) for part in (*parts[:2], *parts[4:]))
-    node, weights = parts[2].reshape(count, 2), parts[3].reshape(2, count)
-    bound = _split(
-        starts, nodes, values, order, looped, degree, mu, remaining, ends, node, weights, *parts[4:]
-    )
-    lower, upper = (_triangle(*found) for found in zip(ends, into, of, runs, strict=True))
-    return lower, upper, node, weights, bound
+# --- rows beside each other
 
 
-def _triangle(starts: Any, nodes: Any, values: Any, runs: Any) -> Any:
-    """A triangle of memory that is filled, with its groups."""
-    found = starts, nodes[: starts[-1]], values[: starts[-1]]
-    return *found, runs[: grouped(*found, runs)]
-
-
-@compiled(error_model="numpy")
-def _split(
-    starts: Any,
-    nodes: Any,
-    values: Any,
-    order: Any,
-    looped: bool,
-    degree: Any,
-    mu: Any,
-    remaining: Any,
-    ends: Any,
-    node: Any,
-    weights: Any,
-    into: Any,
-    of: Any,
-) -> Any:
-    """The bound; L and Lᵀ, each in a half of `into` and `of`."""
-    count, one = uint64(len(order)), uint64(1)
-    loop, alike = np.zeros(count, np.float64), True
-    for i in range(count):
-        alike = alike and mu[i] == mu[0]
-        if looped:
-            for e in range(uint64(starts[i]), uint64(starts[i + one])):
-                if uint64(nodes[e]) == i:
-                    loop[i] += values[e]
-    # What is read of a neighbour stands in one line: 1/√ω and its place, which float64 holds exactly.
-    for a in range(count):
-        i = uint64(order[a])
-        node[i, 0], node[i, 1] = np.sqrt(mu[i] / (degree[i] * (1 - mu[i] * loop[i]))), a
-    half = uint64(len(into)) // uint64(2)
-    first, second, bound = uint64(0), half, 0.0
-    ends[0, 0] = ends[1, 0] = 0
-    for a in range(count):
-        if a + SOON < count:
-            soon = uint64(starts[uint64(order[a + SOON])])
-            ahead(nodes, soon)
-            ahead(values, soon)
-        i = uint64(order[a])
-        inverse, before, after = node[i, 0], 0.0, 0.0
-        scale = degree[i] * inverse
-        for e in range(uint64(starts[i]), uint64(starts[i + one])):
-            j = uint64(nodes[e])
-            x = scale * values[e] * node[j, 0]
-            b = uint64(int64(node[j, 1]))
-            if b == a or x == 0.0:
-                continue
-            # Which triangle is a matter of chance, so no branch: half of them would be foreseen wrongly.
-            earlier = uint64(b < a)
-            place = first if earlier else second
-            into[place], of[place] = b, x
-            first, second, share = first + earlier, second + (one - earlier), float(earlier)
-            before += share * values[e]
-            after += (1 - share) * ((mu[i] if alike else mu[j]) * values[e])
-        ends[0, a + one], ends[1, a + one] = first, second - half
-        there = mu[i] > 0
-        bound = max(bound, (1 - mu[i] * (loop[i] - before)) / remaining[i] if there else 0.0)
-        weights[0, a], weights[1, a] = inverse, mu[i] / inverse + scale * after if there else 0.0
-    return bound
+def in_groups(triangle: Any) -> Any:
+    """A triangle, whose edges change their places, and its runs, as `grouped` has them."""
+    # Between two runs of groups stands a row at least.
+    runs = np.empty(2 * (len(triangle[0]) // (GROUP + 1) + 3), np.uint32)
+    return *triangle, runs[: grouped(*triangle[:3], runs)]
 
 
 @compiled
@@ -161,7 +77,7 @@ def grouped(starts: Any, nodes: Any, values: Any, runs: Any) -> Any:
     less than `LONG`. Where their edges stand the first of each row come first, then the second.
     """
     group, longest = uint64(GROUP), uint64(LONG - 1)
-    numbers, weights = np.empty(GROUP * LONG, nodes.dtype), np.empty(GROUP * LONG, values.dtype)
+    numbers, weights = np.empty(GROUP * LONG, nodes.dtype), np.empty(GROUP * LONG)
     count, alike, length, ends = uint64(len(starts) - 1), uint64(0), uint64(0), uint64(0)
     for a in range(uint64(1), count + uint64(1)):
         edges = uint64(starts[a]) - uint64(starts[a - uint64(1)])
@@ -176,14 +92,17 @@ def grouped(starts: Any, nodes: Any, values: Any, runs: Any) -> Any:
             some = beside(nodes, first + e, EIGHT)
             inside |= any_in(some, row, group)
             put(numbers, e, some)
-            put(weights, e, beside(values, first + e, EIGHT))
+            if values is not None:
+                put(weights, e, wide(beside(values, first + e, EIGHT)))
         if inside:
             continue
         # One edge a row is in order as it is.
         for e in range(length if length > uint64(1) else uint64(0)):
             for k in range(group):
                 into, of = first + e * group + k, k * length + e
-                nodes[into], values[into] = numbers[of], weights[of]
+                nodes[into] = numbers[of]
+                if values is not None:
+                    values[into] = weights[of]
         if ends and runs[ends - uint64(1)] == row:
             runs[ends - uint64(1)] = a
         else:
@@ -193,39 +112,6 @@ def grouped(starts: Any, nodes: Any, values: Any, runs: Any) -> Any:
         runs[ends] = runs[ends + uint64(1)] = count
         ends += uint64(2)
     return ends
-
-
-# A call would count references to the arrays for every row, which takes three times as long.
-@compiled(inline="always")
-def of_row(starts: Any, nodes: Any, values: Any, x: Any, a: int, lanes: Any) -> Any:
-    """What row a, which is in no group, takes of x [N, W], in four sums that take turns.
-
-    Of x [N, 1] four edges are read at a time, if need be of the next row too, unless all end before.
-    """
-    e, last, four = uint64(starts[a]), uint64(starts[a + uint64(1)]), uint64(len(FOUR))
-    end = uint64(len(nodes)) - uint64(1)
-    if len(lanes) == 1 and last + four <= uint64(len(nodes)):
-        sums = narrow(zeros(FOUR), x)
-        while e < last:
-            weights = narrow(wide(beside(values, e, FOUR)), x)
-            sums = increased(sums, picked(x, nodes, e, FOUR) * weights, last - e)
-            e += four
-        return total(sums, lanes)
-    c0 = narrow(zeros(lanes), x)
-    c1, c2, c3 = c0, c0, c0
-    while e + four <= last:
-        for k in range(four):
-            soon(x, nodes, min(e + k + uint64(FAR), end), lanes)
-        c0 = c0 + load(x, uint64(nodes[e]), lanes) * values[e]
-        c1 = c1 + load(x, uint64(nodes[e + uint64(1)]), lanes) * values[e + uint64(1)]
-        c2 = c2 + load(x, uint64(nodes[e + uint64(2)]), lanes) * values[e + uint64(2)]
-        c3 = c3 + load(x, uint64(nodes[e + uint64(3)]), lanes) * values[e + uint64(3)]
-        e += four
-    while e < last:
-        soon(x, nodes, min(e + uint64(FAR), end), lanes)
-        c0, c1, c2, c3 = c1, c2, c3, c0 + load(x, uint64(nodes[e]), lanes) * values[e]
-        e += uint64(1)
-    return (c0 + c2) + (c1 + c3)
 
 
 # --- a block of signals
@@ -252,34 +138,34 @@ def sized(given: Any, start: Any, unit: Any, lanes: Any) -> Any:
 
 @compiled
 def lowered(lower: Any, r: Any, weights: Any, summed: bool, sums: Any, lanes: Any) -> None:
-    """r ← (I − L)⁻¹ r; Σ r² and Σ or max of |r| with weights into `sums`, added up as `moved` does."""
-    (starts, nodes, values, runs), a0 = lower, zeros(lanes)
+    """r ← (I − L)⁻¹ r; its sizes into `sums`, added up as `moved` does."""
+    (starts, nodes, values, gains, runs), a0 = lower, zeros(lanes)
     a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
     a, one, group = uint64(0), uint64(1), uint64(GROUP)
     for i in range(uint64(len(runs)) // uint64(2)):
         while a < uint64(runs[uint64(2) * i]):
-            store(r, a, load(r, a, lanes) + of_row(starts, nodes, values, r, a, lanes))
+            store(r, a, load(r, a, lanes) + of_row(starts, nodes, values, r, a, lanes) * gains[a])
             a += one
         while a < uint64(runs[uint64(2) * i + one]):
             e, last = uint64(starts[a]), uint64(starts[a + group])
             if len(lanes) == 1:
-                eight = beside(r, a, EIGHT)
+                eight = narrow(zeros(EIGHT), r)
                 while e < last:
-                    eight = eight + picked(r, nodes, e, EIGHT) * beside(values, e, EIGHT)
+                    eight = eight + times_beside(picked(r, nodes, e, EIGHT), values, e)
                     e += group
-                put(r, a, eight)
+                put(r, a, beside(r, a, EIGHT) + times_beside(eight, gains, a))
             else:
                 for k in range(group):
-                    q = load(r, a + k, lanes)
+                    q = narrow(zeros(lanes), r)
                     for f in range(e + k, last, group):
-                        q = q + load(r, uint64(nodes[f]), lanes) * values[f]
-                    store(r, a + k, q)
+                        q = q + times(load(r, uint64(nodes[f]), lanes), values, f)
+                    store(r, a + k, load(r, a + k, lanes) + q * gains[a + k])
             a += group
-    for a in range(uint64(len(weights))):
+    for a in range(uint64(len(r))):
         v = wide(load(r, a, lanes))
-        a0, a1, a2, a3 = a1, a2, a3, a0 + v * v
-        y = magnitude(v) * weights[a]
-        b0, b1, b2, b3 = b1, b2, b3, b0 + y if summed else larger(b0, y)
+        a0, a1, a2, a3 = a1, a2, a3, a0 + v * v * weights[0, a]
+        v = magnitude(v)
+        b0, b1, b2, b3 = b1, b2, b3, b0 + v * weights[1, a] if summed else larger(b0, v)
     store(sums, uint64(0), (a0 + a1) + (a2 + a3))
     store(sums, uint64(1), (b0 + b1) + (b2 + b3) if summed else larger(larger(b0, b1), larger(b2, b3)))
 
@@ -287,7 +173,7 @@ def lowered(lower: Any, r: Any, weights: Any, summed: bool, sums: Any, lanes: An
 @compiled
 def begun(nodes: Any, start: Any, unit: Any, y: Any, summed: bool, lanes: Any) -> None:
     """The start [N, W] as y, in units of 1/`unit` [1, W]."""
-    (degree, _, _), scale = nodes, load(unit, uint64(0), lanes)
+    degree, scale = nodes[0], load(unit, uint64(0), lanes)
     for i in range(uint64(len(degree))):
         store(y, i, wide(load(start, i, lanes)) * scale * (1 / degree[i] if summed else 1.0))
 
@@ -302,7 +188,8 @@ def fitted(
     is 1 where the walk leaves it as it is, and 1 − µ where the walk carries it elsewhere. `SAMPLED` nodes are
     asked, or all where a signal is 0 at these; and it is 1 unless it comes out well below.
     """
-    (degree, mu, _), (starts, into, values), scale = nodes, rows, load(unit, uint64(0), lanes)
+    (degree, mu, _, _), (starts, into, values, factor) = nodes, rows
+    scale = load(unit, uint64(0), lanes)
     count, width = uint64(len(degree)), uint64(len(lanes))
     every, found = max(count // uint64(SAMPLED), uint64(1)), np.zeros((4, len(lanes)))
     for part in range(uint64(2)):
@@ -311,7 +198,7 @@ def fitted(
             here = load(y, i, lanes)
             if mu[i] == 0 or not any_of(here):
                 continue
-            left = here - of_row(starts, into, values, y, i, lanes) * mu[i]
+            left = here - of_row(starts, into, values, y, i, lanes) * factor[i]
             here = here * ((1.0 if summed else degree[i]) / mu[i])
             above = above + here * (wide(load(given, i, lanes)) * scale)
             below = below + here * (left * (degree[i] if summed else 1.0))
@@ -329,12 +216,12 @@ def fitted(
 @compiled
 def gathered(nodes: Any, mask: Any, share: Any, x: Any, y: Any, lanes: Any) -> None:
     """y ← its share + x and x ← 0 where the mask is not 0."""
-    (degree, _, node), chosen, nothing = nodes, load(mask, uint64(0), lanes), narrow(zeros(lanes), x)
+    place, chosen, nothing = nodes[2], load(mask, uint64(0), lanes), narrow(zeros(lanes), x)
     own, which = load(share, uint64(0), lanes), wide(chosen)
-    for i in range(uint64(len(degree))):
-        a = uint64(int64(node[i, 1]))
+    for i in range(uint64(len(place))):
+        a = uint64(place[i])
         here, before = load(x, a, lanes), load(y, i, lanes)
-        store(y, i, where(which, before * own + wide(here) * node[i, 0], before))
+        store(y, i, where(which, before * own + wide(here), before))
         store(x, a, where(chosen, nothing, here))
 
 
@@ -351,21 +238,21 @@ def residual(
     summed: bool,
     lanes: Any,
 ) -> None:
-    """w, in the symmetric system, the residual of y's share, in float64 from the walk itself.
+    """w, in the order, 1/δ times the residual of y's share, in float64 from the walk itself.
 
     y [N, W], which is 0 if not `started`, is in float64, in units of 1/`unit` [1, W], and its `share` [1, W]
     solves with the walk that is stochastic by rows; `summed` says that `given` [N, W] is not for this but for
     its transpose, which solves with D y.
     """
-    (degree, mu, node), (starts, into, values) = nodes, rows
+    (degree, _, place, inverse), (starts, into, values, factor) = nodes, rows
     scale, own = load(unit, uint64(0), lanes), load(share, uint64(0), lanes)
     for i in range(uint64(len(degree))):
-        gain = degree[i] if summed else 1.0
         v = wide(load(given, i, lanes)) * scale
+        if summed:
+            v = v * (1 / degree[i])
         if started:
-            v = v - (load(y, i, lanes) - of_row(starts, into, values, y, i, lanes) * mu[i]) * own * gain
-        scaled = node[i, 0] / (mu[i] * gain) * degree[i] if mu[i] > 0 else 0.0
-        store(w, uint64(int64(node[i, 1])), narrow(v * scaled, w))
+            v = v - (load(y, i, lanes) - of_row(starts, into, values, y, i, lanes) * factor[i]) * own
+        store(w, uint64(place[i]), narrow(v * inverse[i], w))
 
 
 @compiled
@@ -378,8 +265,8 @@ def taken(mask: Any, w: Any, r: Any, lanes: Any) -> None:
 
 @compiled
 def _back(upper: Any, r: Any, p: Any, turn: Any, t: Any, lanes: Any) -> None:
-    """p ← r + turn·p and t = (I − Lᵀ)⁻¹ p."""
-    (starts, nodes, values, runs), beta = upper, load(turn, uint64(0), lanes)
+    """p ← r + turn·p and t = (I − U)⁻¹ p."""
+    (starts, nodes, values, gains, runs), beta = upper, load(turn, uint64(0), lanes)
     a, i, one, group = uint64(len(starts) - 1), uint64(len(runs)), uint64(1), uint64(GROUP)
     while i > 0:
         i -= uint64(2)
@@ -387,79 +274,79 @@ def _back(upper: Any, r: Any, p: Any, turn: Any, t: Any, lanes: Any) -> None:
             e, last = uint64(starts[a - group]), uint64(starts[a])
             if len(lanes) == 1:
                 a -= group
-                eight = beside(r, a, EIGHT) + beside(p, a, EIGHT) * turn[0, 0]
-                put(p, a, eight)
+                direction = beside(r, a, EIGHT) + beside(p, a, EIGHT) * turn[0, 0]
+                put(p, a, direction)
+                eight = narrow(zeros(EIGHT), t)
                 while e < last:
-                    eight = eight + picked(t, nodes, e, EIGHT) * beside(values, e, EIGHT)
+                    eight = eight + times_beside(picked(t, nodes, e, EIGHT), values, e)
                     e += group
-                put(t, a, eight)
+                put(t, a, direction + times_beside(eight, gains, a))
             else:
                 for k in range(group):
                     a -= one
-                    q = load(r, a, lanes) + load(p, a, lanes) * beta
-                    store(p, a, q)
+                    here = load(r, a, lanes) + load(p, a, lanes) * beta
+                    store(p, a, here)
+                    q = narrow(zeros(lanes), t)
                     for f in range(e + (group - one - k), last, group):
-                        q = q + load(t, uint64(nodes[f]), lanes) * values[f]
-                    store(t, a, q)
+                        q = q + times(load(t, uint64(nodes[f]), lanes), values, f)
+                    store(t, a, here + q * gains[a])
         while a > (uint64(runs[i - one]) if i > 0 else uint64(0)):
             a -= one
-            q = load(r, a, lanes) + load(p, a, lanes) * beta
-            store(p, a, q)
-            store(t, a, q + of_row(starts, nodes, values, t, a, lanes))
+            here = load(r, a, lanes) + load(p, a, lanes) * beta
+            store(p, a, here)
+            store(t, a, here + of_row(starts, nodes, values, t, a, lanes) * gains[a])
 
 
 @compiled
-def _along_by_fours(p: Any, t: Any, w: Any, parts: Any, four: Any) -> None:
+def _along_by_fours(p: Any, t: Any, w: Any, weights: Any, parts: Any, four: Any) -> None:
     """⟨p, t + w⟩ over all nodes but the last three at most, its four sums into `parts`."""
     s = zeros(four)
     for i in range(uint64(len(p)) // uint64(4)):
-        s = s + wide(load(p, i, four)) * wide(load(w, i, four) + load(t, i, four))
+        image = wide(load(w, i, four) + load(t, i, four))
+        s = s + wide(load(p, i, four)) * image * beside(weights, i * uint64(4), four)
     store(parts, uint64(0), s)
 
 
 @compiled
-def _forth(lower: Any, p: Any, t: Any, w: Any, sums: Any, lanes: Any) -> None:
-    """w = (I − L)⁻¹(p − t), and ⟨p, t + w⟩ into a row of `sums`."""
-    (starts, nodes, values, runs), s0 = lower, zeros(lanes)
+def _forth(lower: Any, p: Any, t: Any, w: Any, weights: Any, sums: Any, lanes: Any) -> None:
+    """w = (I − L)⁻¹(p − t), and ⟨p, t + w⟩ with the weights ω into a row of `sums`."""
+    (starts, nodes, values, gains, runs), s0 = lower, zeros(lanes)
     s1, s2, s3 = s0, s0, s0
     a, one, group = uint64(0), uint64(1), uint64(GROUP)
     for i in range(uint64(len(runs)) // uint64(2)):
         while a < uint64(runs[uint64(2) * i]):
             moved, direction = load(t, a, lanes), load(p, a, lanes)
-            q = (direction - moved) + of_row(starts, nodes, values, w, a, lanes)
+            q = (direction - moved) + of_row(starts, nodes, values, w, a, lanes) * gains[a]
             store(w, a, q)
             if len(lanes) > 1:
-                s0, s1, s2, s3 = s1, s2, s3, s0 + wide(direction) * wide(q + moved)
+                s0, s1, s2, s3 = s1, s2, s3, s0 + wide(direction) * wide(q + moved) * weights[0, a]
             a += one
         while a < uint64(runs[uint64(2) * i + one]):
             e, last = uint64(starts[a]), uint64(starts[a + group])
             if len(lanes) == 1:
-                eight = beside(p, a, EIGHT) - beside(t, a, EIGHT)
+                eight = narrow(zeros(EIGHT), w)
                 while e < last:
-                    eight = eight + picked(w, nodes, e, EIGHT) * beside(values, e, EIGHT)
+                    eight = eight + times_beside(picked(w, nodes, e, EIGHT), values, e)
                     e += group
-                put(w, a, eight)
+                put(w, a, beside(p, a, EIGHT) - beside(t, a, EIGHT) + times_beside(eight, gains, a))
             else:
                 for k in range(group):
                     moved, direction = load(t, a + k, lanes), load(p, a + k, lanes)
-                    q = direction - moved
+                    q = narrow(zeros(lanes), w)
                     for f in range(e + k, last, group):
-                        q = q + load(w, uint64(nodes[f]), lanes) * values[f]
+                        q = q + times(load(w, uint64(nodes[f]), lanes), values, f)
+                    q = (direction - moved) + q * gains[a + k]
                     store(w, a + k, q)
-                    s0, s1, s2, s3 = s1, s2, s3, s0 + wide(direction) * wide(q + moved)
+                    s0, s1, s2, s3 = s1, s2, s3, s0 + wide(direction) * wide(q + moved) * weights[0, a + k]
             a += group
     if len(lanes) == 1:
         # Of one signal four nodes stand beside each other.
         parts = np.empty((4, 1), np.float64)
-        _along_by_fours(p, t, w, parts, (0, 0, 0, 0))
+        _along_by_fours(p, t, w, weights, parts, FOUR)
         s0, s1, s2, s3 = four_rows(parts, uint64(0), lanes)
         for a in range(uint64(len(p)) // uint64(4) * uint64(4), uint64(len(p))):
-            s0, s1, s2, s3 = (
-                s1,
-                s2,
-                s3,
-                s0 + wide(load(p, a, lanes)) * wide(load(w, a, lanes) + load(t, a, lanes)),
-            )
+            image = wide(load(w, a, lanes) + load(t, a, lanes))
+            s0, s1, s2, s3 = s1, s2, s3, s0 + wide(load(p, a, lanes)) * image * weights[0, a]
     store(sums, uint64(0), (s0 + s1) + (s2 + s3))
 
 
@@ -469,15 +356,16 @@ def _moved_by_fours(
 ) -> None:
     """What `moved` does, for all nodes but the last three at most; its eight sums so far into `parts`."""
     a = b = zeros(four)
-    for i in range(uint64(len(weights)) // uint64(4)):
+    count = uint64(len(x))
+    for i in range(count // uint64(4)):
         direction = load(t, i, four)
         store(x, i, load(x, i, four) + direction * alpha)
         q = load(r, i, four) - (direction + load(w, i, four)) * alpha
         store(r, i, q)
         v = wide(q)
-        a = a + v * v
-        y = magnitude(v) * load(weights, i, four)
-        b = b + y if summed else larger(b, y)
+        a = a + v * v * beside(weights, uint64(4) * i, four)
+        v = magnitude(v)
+        b = b + v * beside(weights, count + uint64(4) * i, four) if summed else larger(b, v)
     store(parts, uint64(0), a)
     store(parts, uint64(1), b)
 
@@ -494,25 +382,28 @@ def four_rows(x: Any, first: int, lanes: Any) -> Any:
 def moved(
     x: Any, r: Any, t: Any, w: Any, step: Any, weights: Any, summed: bool, sums: Any, lanes: Any
 ) -> None:
-    """x ← x + step·t, r ← r − step·(t + w); Σ r² and Σ or max of |r| with weights into `sums`."""
+    """x ← x + step·t, r ← r − step·(t + w); its sizes into `sums`.
+
+    That is Σ r² with the first weights, and if `summed` Σ |r| with the second, else max |r|.
+    """
     alpha, a0, first = load(step, uint64(0), lanes), zeros(lanes), uint64(0)
     a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
     if len(lanes) == 1:
         # Of one signal four nodes stand beside each other.
         parts = np.empty((8, 1), np.float64)
-        _moved_by_fours(x, r, t, w, step[0, 0], weights, summed, parts, (0, 0, 0, 0))
-        first = uint64(len(weights)) // uint64(4) * uint64(4)
+        _moved_by_fours(x, r, t, w, step[0, 0], weights, summed, parts, FOUR)
+        first = uint64(len(x)) // uint64(4) * uint64(4)
         a0, a1, a2, a3 = four_rows(parts, uint64(0), lanes)
         b0, b1, b2, b3 = four_rows(parts, uint64(4), lanes)
-    for i in range(first, uint64(len(weights))):
+    for i in range(first, uint64(len(x))):
         direction = load(t, i, lanes)
         store(x, i, load(x, i, lanes) + direction * alpha)
         q = load(r, i, lanes) - (direction + load(w, i, lanes)) * alpha
         store(r, i, q)
         v = wide(q)
-        a0, a1, a2, a3 = a1, a2, a3, a0 + v * v
-        y = magnitude(v) * weights[i]
-        b0, b1, b2, b3 = b1, b2, b3, b0 + y if summed else larger(b0, y)
+        a0, a1, a2, a3 = a1, a2, a3, a0 + v * v * weights[0, i]
+        v = magnitude(v)
+        b0, b1, b2, b3 = b1, b2, b3, b0 + v * weights[1, i] if summed else larger(b0, v)
     store(sums, uint64(0), (a0 + a1) + (a2 + a3))
     store(sums, uint64(1), (b0 + b1) + (b2 + b3) if summed else larger(larger(b0, b1), larger(b2, b3)))
 
@@ -535,7 +426,7 @@ def iterated(
         if not active.any():
             return
         _back(upper, r, p, turn, t, lanes)
-        _forth(lower, p, t, w, sums, lanes)
+        _forth(lower, p, t, w, weights, sums, lanes)
         for k in range(len(active)):
             # No curvature, no step: that is rounding, or an operator that is not what it says.
             active[k] = active[k] and sums[0, k] > 0
@@ -567,8 +458,9 @@ def left(
     lanes: Any,
 ) -> None:
     """y's share + x in the units of the right-hand sides, added to `found` [N, W] or in its place."""
-    (degree, _, node), scale, own = nodes, load(unit, uint64(0), lanes), load(share, uint64(0), lanes)
+    degree, _, place, _ = nodes
+    scale, own = load(unit, uint64(0), lanes), load(share, uint64(0), lanes)
     for i in range(uint64(len(degree))):
-        here = load(y, i, lanes) * own + wide(load(x, uint64(int64(node[i, 1])), lanes)) * node[i, 0]
+        here = load(y, i, lanes) * own + wide(load(x, uint64(place[i]), lanes))
         value = here * (degree[i] if summed else 1.0) * scale
         store(found, i, narrow(wide(load(found, i, lanes)) + value if added else value, found))

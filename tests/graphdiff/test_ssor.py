@@ -41,11 +41,22 @@ def weighted(nodes, seed, loops=True, zeros=False, spread=1.0):
     return gd.SparseTransition.from_scipy(sparse.csr_array(W.numpy()))
 
 
+def unweighted(nodes, seed, loops=True):
+    """A connected graph without weights, and its walk."""
+    g = torch.Generator().manual_seed(seed)
+    W = (torch.rand(nodes, nodes, generator=g, **f64) < 0.2).double()
+    W = W + torch.diag(torch.ones(nodes - 1, **f64), 1)
+    W = ((W + W.T) != 0).double()
+    W = W if loops else W - torch.diag(W.diagonal())
+    return gd.SparseTransition.from_scipy(sparse.csr_array(W.numpy()))
+
+
 def rows_of(triangle):
-    """The numbers and values of each row of a triangle, in their order."""
+    """The numbers and weights of each row of a triangle, in their order."""
     from graphdiff.solvers.sweeps import GROUP
 
-    starts, numbers, values, runs = triangle
+    starts, numbers, values, _, runs = triangle
+    values = np.ones(len(numbers)) if values is None else values
     rows, nodes = [], len(starts) - 1
     alone = np.ones(nodes, bool)
     for first, last in zip(runs[::2], runs[1::2], strict=True):
@@ -59,55 +70,73 @@ def rows_of(triangle):
 
 
 def triangles(P, mu, narrow=False):
-    """L, Lᵀ dense, the order, and what the solver keeps beside; in float32 as it sweeps, or in float64."""
+    """L, U dense, the order, and what the solver keeps beside; in float32 as it sweeps, or in float64."""
     from graphdiff.solvers import ssor
 
     mu = torch.as_tensor(mu, **f64).reshape(-1, 1)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(ssor, "NEAR", 0.0 if narrow else 2.0)
         (found,) = SSOR.prepare(P, mu).triangles
-    assert (found.lower[2].dtype == "float32") == narrow
+    for _, _, values, gains, _ in (found.lower, found.upper):
+        assert (gains.dtype == "float32") == narrow
+        assert values is None or values.dtype == gains.dtype
     nodes = P.shape[-1]
 
     def dense(triangle):
         L = torch.zeros(nodes, nodes, **f64)
         for a, (numbers, values) in enumerate(rows_of(triangle)):
             L[a, torch.from_numpy(numbers.astype("i8"))] = torch.from_numpy(values.astype("f8"))
-        return L
+        return torch.from_numpy(triangle[3].astype("f8"))[:, None] * L
 
     # The place of each node the other way round.
-    order = torch.from_numpy(found.node[:, 1]).long().argsort()
+    order = torch.from_numpy(found.place.astype("i8")).argsort()
     return dense(found.lower), dense(found.upper), order, found
 
 
 @with_numba
 @settings(max_examples=40)
-@given(st.integers(3, 30), st.integers(0, 2**20), st.sampled_from([0.3, 0.85, 0.99]), st.booleans())
-def test_the_triangles_are_those_of_the_scaled_system(nodes, seed, mu, each):
-    P = weighted(nodes, seed)
-    mu = mu * torch.rand(nodes, generator=torch.Generator().manual_seed(seed), **f64) if each else mu
-    L, U, order, found = triangles(P, mu)
+@given(
+    st.integers(3, 30),
+    st.integers(0, 2**20),
+    st.sampled_from([0.3, 0.85, 0.99]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+def test_the_triangles_are_those_of_the_system(nodes, seed, mu, each, loops, equal):
+    P = unweighted(nodes, seed, loops) if equal else weighted(nodes, seed, loops)
+    m = torch.full((nodes,), mu, **f64)
+    if each:
+        # Some stay.
+        g = torch.Generator().manual_seed(seed)
+        m = m * torch.rand(nodes, generator=g, **f64) * (torch.rand(nodes, generator=g) < 0.8)
+    L, U, order, found = triangles(P, m if each else mu)
+    # Two nodes have an edge, whatever it weighs.
+    assert (found.lower[2] is None) == (found.upper[2] is None) == equal or nodes == 2
     assert sorted(order.tolist()) == list(range(nodes))
     assert (L.triu() == 0).all()
-    torch.testing.assert_close(U, L.T, rtol=1e-12, atol=0)
-    # D(M⁻¹ − P), scaled by 1/√ω from both sides.
-    m = torch.as_tensor(mu, **f64).expand(nodes)
-    degree = (P.log_degree - P.log_degree.max()).exp()
-    S = torch.diag(degree / m) - degree[:, None] * P.dense()
-    S = S[order][:, order]
-    root = 1 / torch.from_numpy(found.node[:, 0])[order]
-    torch.testing.assert_close(
-        S / root[:, None] / root, torch.eye(nodes, **f64) - L - U, rtol=1e-10, atol=1e-13
-    )
-    for rough, exact in zip(triangles(P, mu, narrow=True), (L, U), strict=False):
-        torch.testing.assert_close(rough, exact, rtol=1e-7, atol=1e-13)
+    assert (U.tril() == 0).all()
+    system = (torch.eye(nodes, **f64) - m[:, None] * P.dense())[order][:, order]
+    diagonal, moves = system.diagonal(), m[order] > 0
+    torch.testing.assert_close(system / diagonal[:, None], torch.eye(nodes, **f64) - L - U)
+    # It is symmetric under the weights, up to nodes that stay, where the residual is 0.
+    degree = (P.log_degree - P.log_degree.max()).exp()[order]
+    omega = torch.from_numpy(found.weights[0])
+    torch.testing.assert_close(omega, torch.where(moves, degree * diagonal / m[order], 0))
+    torch.testing.assert_close(torch.from_numpy(found.inverse)[order], torch.where(moves, 1 / diagonal, 0))
+    scaled = (omega[:, None] * (L + U))[moves][:, moves]
+    torch.testing.assert_close(scaled, scaled.T)
+    for rough, exact in zip(triangles(P, m if each else mu, narrow=True), (L, U), strict=False):
+        torch.testing.assert_close(rough, exact, rtol=2e-7, atol=1e-13)
 
 
 @with_numba
 @settings(max_examples=40)
 @given(st.integers(3, 30), st.integers(0, 2**20), st.sampled_from([0.3, 0.85, 0.99]))
 def test_the_condition_number_is_at_most_what_the_file_says(nodes, seed, mu):
-    L, _, _, _ = triangles(weighted(nodes, seed), mu)
+    L, _, _, found = triangles(weighted(nodes, seed), mu)
+    root = torch.from_numpy(found.weights[0]).sqrt()
+    L = root[:, None] * L / root
     eye = torch.eye(nodes, **f64)
     left = torch.linalg.inv(eye - L)
     values = torch.linalg.eigvalsh(left @ (eye - L - L.T) @ left.T)
@@ -126,11 +155,11 @@ def test_what_bounds_the_residual_does(nodes, seed, mu, each):
     weights = torch.from_numpy(found.weights)
     # Some entries large, as where one node's row decides.
     rho = torch.randn(nodes, generator=g, **f64) ** 3
-    residual = rho - L @ rho
-    rows = residual * m[order] / (P.log_degree - P.log_degree.max()).exp()[order] / weights[0]
-    error = (rows / (1 - m[order])).abs().max()
-    assert error <= found.bound * (rho.abs() * weights[0]).max() * (1 + 1e-12)
-    columns = (residual * m[order] / weights[0]).abs().sum()
+    residual = (rho - L @ rho) / torch.from_numpy(found.inverse)[order]
+    error = (residual / (1 - m[order])).abs().max()
+    assert error <= found.bound * rho.abs().max() * (1 + 1e-12)
+    # The transposed system's, of which d times its answer is that of the rows.
+    columns = (residual * (P.log_degree - P.log_degree.max()).exp()[order]).abs().sum()
     assert columns <= (rho.abs() * weights[1]).sum() * (1 + 1e-12)
 
 
@@ -169,7 +198,7 @@ def test_a_move_of_one_signal_has_the_bits_it_has_in_company(nodes, dtype, summe
 
     g = torch.Generator().manual_seed(nodes)
     vectors = torch.randn(4, nodes, 8, generator=g, dtype=dtype)
-    step, weights = torch.rand(1, 8, generator=g, dtype=dtype), torch.rand(nodes, generator=g, **f64)
+    step, weights = torch.rand(1, 8, generator=g, dtype=dtype), torch.rand(2, nodes, generator=g, **f64)
 
     def move(some):
         x, r, t, w = (v[:, some].clone() for v in vectors)
@@ -183,9 +212,8 @@ def test_a_move_of_one_signal_has_the_bits_it_has_in_company(nodes, dtype, summe
         for alone, found in zip(move([k]), together, strict=True):
             assert torch.equal(alone, found[:, k : k + 1])
     r = together[1].double()
-    torch.testing.assert_close(together[2][0], r.square().sum(0))
-    size = r.abs() * weights[:, None]
-    torch.testing.assert_close(together[2][1], size.sum(0) if summed else size.amax(0))
+    torch.testing.assert_close(together[2][0], weights[0] @ r.square())
+    torch.testing.assert_close(together[2][1], weights[1] @ r.abs() if summed else r.abs().amax(0))
 
 
 def of_equal_rows(kind, nodes, seed):
@@ -199,7 +227,8 @@ def of_equal_rows(kind, nodes, seed):
     if seed % 2:
         edges = np.concatenate([edges, np.stack([each[::7], each[::7]])], 1)
     W = sparse.coo_array((random.choice([0.5, 1.0, 2.0], edges.shape[1]), edges), (nodes, nodes)).tocsr()
-    return gd.SparseTransition.from_scipy(W + W.T)
+    W = W + W.T
+    return gd.SparseTransition.from_scipy((W != 0).astype("f8") if seed % 4 > 1 else W)
 
 
 def of_too_many_colours():
@@ -232,8 +261,13 @@ def test_groups_are_of_independent_rows_of_one_length_and_lose_no_edge(lengths, 
     found = numbers.copy(), values.copy()
     runs = runs[: sweeps.grouped(starts, *found, runs)].astype("i8")
     assert runs[-1] == nodes
+    # As of rows without weights.
+    without, again = numbers.copy(), np.zeros_like(runs, "u4")
+    assert sweeps.grouped(starts, without, None, again) == len(runs)
+    assert np.array_equal(without, found[0])
+    assert np.array_equal(again, runs)
     assert (np.diff(runs) >= 0).all()
-    rows = rows_of((starts, *found, runs))
+    rows = rows_of((starts, *found, None, runs))
     for a, (some, weights) in enumerate(rows):
         assert np.array_equal(some, numbers[starts[a] : starts[a + 1]])
         assert np.array_equal(weights, values[starts[a] : starts[a + 1]])
@@ -283,9 +317,9 @@ def test_sweeps_of_one_signal_have_the_bits_they_have_in_company(kind, nodes, se
         r, p, t, w = (np.ascontiguousarray(v[:, some]) for v in vectors)
         sums, lanes = np.zeros((2, len(some))), (0,) * len(some)
         sweeps._back(found.upper, r, p, np.ascontiguousarray(turn[:, some]), t, lanes)
-        sweeps._forth(found.lower, p, t, w, sums, lanes)
+        sweeps._forth(found.lower, p, t, w, found.weights, sums, lanes)
         curved = sums[0].copy()
-        sweeps.lowered(found.lower, r, found.weights[0], seed % 3 == 0, sums, lanes)
+        sweeps.lowered(found.lower, r, found.weights, seed % 3 == 0, sums, lanes)
         return p, t, w, r, curved, sums
 
     together = swept(range(16))
@@ -299,7 +333,8 @@ def test_sweeps_of_one_signal_have_the_bits_they_have_in_company(kind, nodes, se
         torch.testing.assert_close(t - U @ t, p, **near)
         torch.testing.assert_close(w - L @ w, p - t, **near)
         torch.testing.assert_close(r - L @ r, torch.from_numpy(vectors[0].astype("f8")), **near)
-        torch.testing.assert_close(torch.from_numpy(together[4]), (p * (t + w)).sum(0), rtol=1e-5, atol=1e-4)
+        curved = torch.from_numpy(found.weights[0]) @ (p * (t + w))
+        torch.testing.assert_close(torch.from_numpy(together[4]), curved, rtol=1e-5, atol=1e-4)
 
 
 @with_numba
@@ -480,7 +515,7 @@ def test_signals_that_are_renewed_at_different_times_have_the_bits_they_have_alo
 def test_where_float32_would_take_many_more_steps_sweeps_are_in_float64():
     for spread, mu, dtype in ((1.0, 0.99, "float32"), (12.0, 0.99, "float64"), (1.0, 0.999, "float64")):
         (found,) = SSOR.prepare(weighted(60, 7, spread=spread), torch.tensor([[mu]], **f64)).triangles
-        assert found.lower[2].dtype == dtype
+        assert found.lower[3].dtype == dtype
 
 
 @with_numba
@@ -640,8 +675,8 @@ def begun(P, mu, start, given, transposed=False, width=1):
         np.ones((1, width)),
     )
     b, unit = given.expand(nodes, width).numpy().copy(), np.full((1, width), 1.0)
-    known = state.degree, found.mu, found.node
-    sweeps.fitted(state.rows, known, b, unit, y, transposed, share, (0,) * width)
+    known = state.degree, found.mu, found.place, found.inverse
+    sweeps.fitted(found.rows, known, b, unit, y, transposed, share, (0,) * width)
     return torch.from_numpy(share[0])
 
 
