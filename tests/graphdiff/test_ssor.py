@@ -405,6 +405,20 @@ def test_each_mu_of_a_batch_and_nodes_that_stay():
 
 
 @with_numba
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_mu_next_to_nothing_weighs_much_but_not_infinitely(transposed):
+    P, g = weighted(40, 3), torch.Generator().manual_seed(0)
+    mu = torch.where(torch.rand(40, 1, generator=g) < 0.3, 1e-310, 0.9).double()
+    assert np.isfinite(triangles(P, mu)[-1].weights).all()
+    s = torch.randn(40, 3, generator=g, **f64)
+    walk, matrix = (P.T, P.dense().T) if transposed else (P, P.dense())
+    found = gd.solve(walk, s, mu, tol=1e-9, solver=SSOR)
+    assert found.converged.all()
+    wanted = torch.linalg.solve(torch.eye(40, **f64) - mu * matrix, (1 - mu) * s)
+    assert (found.value - wanted).abs().max() < 1e-9
+
+
+@with_numba
 def test_nodes_that_a_signal_does_not_reach_stay_at_zero():
     edges = torch.tensor([[0, 1, 2, 4, 5, 6], [1, 2, 3, 5, 6, 7]])
     P = gd.SparseTransition.from_edge_index(edges, undirected=True, **f64)
