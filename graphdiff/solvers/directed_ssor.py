@@ -34,6 +34,7 @@ from graphdiff.solvers.ssor import (
     each_mu,
     fits,
     sweep_all,
+    swept_dtype,
 )
 from graphdiff.solvers.walk import Walk
 
@@ -158,7 +159,7 @@ class DirectedSSOR(Solver):
         def sweep(line: Line, memory: dict[Any, Any], b: Any, guess: Any, found: Any) -> None:
             _Block(state, line, memory).solve(b, guess, found, done)
 
-        sizes = [found.lower[3].itemsize for found in state.triangles]
+        sizes = [swept_dtype(found.lower).itemsize for found in state.triangles]
         steps, unfinished = sweep_all(sweep, mu, sizes, (rhs, start, y), state.memory, done)
         if bool(pinned.any()):
             # Where µ_i = 0 the answer is b_i, to the last bit.
@@ -176,7 +177,7 @@ class _Block:
         operator, mu, self.shadow, triangles, _ = state
         number, self.width, self.place = line.number, line.width, (line.place, line.part)
         self.triangles = found = triangles[number]
-        nodes, dtype = len(found.place), found.lower[3].dtype
+        nodes, dtype = len(found.place), swept_dtype(found.lower)
         self.most = max(1, BURST // (2 * self.width * (len(found.lower[1]) + len(found.upper[1]) + nodes)))
         self.summed = norm_of(operator) == "one"
         self.rate = mu.amax(-2).reshape(-1)[number].double()

@@ -141,17 +141,13 @@ class SSOR(Solver):
         degree = log_weight.squeeze(-1).double().clamp(min=LEAST).exp_().numpy()
         P = operator.to_scipy()
         order, equal = operator.sweep_order(), operator.equal_steps()
-        even, triangles = math.exp(least) >= EVEN, []
+        even, rows, triangles = math.exp(least) >= EVEN, (P.indptr, P.indices, P.data), []
         for m, remaining in each_mu(operator, mu):
             largest = float(m[0] if mu.shape[-2] == 1 else m.max())
             dtype = np.float32 if even and 1 - largest >= NEAR else np.float64
-            rows = P.indptr, P.indices, P.data
-            place, *halves, by_rows, inverse, weights, bound = sweeps.split(
-                *rows, order, equal, m, remaining, dtype, degree
-            )
-            lower, upper = map(sweeps.in_groups, halves)
-            found = place, lower, upper, by_rows, inverse, weights, bound
-            triangles.append(Triangles(m, largest, *found))
+            found = Triangles(m, largest, *sweeps.split(*rows, order, equal, m, remaining, dtype, degree))
+            lower, upper = sweeps.in_groups(found.lower), sweeps.in_groups(found.upper)
+            triangles.append(found._replace(lower=lower, upper=upper))
         return Swept(operator, mu, log_weight, least, degree, triangles, {})
 
     def transposed(self, state: Swept) -> Swept:
@@ -176,7 +172,7 @@ class SSOR(Solver):
         def sweep(line: Line, memory: dict[Any, Any], b: Any, guess: Any, found: Any) -> None:
             _Block(state, line, memory).solve(b, guess, found, done, pinned)
 
-        sizes = [found.lower[3].itemsize for found in state.triangles]
+        sizes = [swept_dtype(found.lower).itemsize for found in state.triangles]
         steps, unfinished = sweep_all(sweep, mu, sizes, (given, start, y), state.memory, done)
         # A product and a triangle for the residual of the start and of each renewal.
         matvecs = torch.from_numpy(done.steps + (3 * done.renewals + 4) // 2)
@@ -190,6 +186,11 @@ def each_mu(operator: Transition, mu: Tensor) -> Iterator[tuple[Any, Any]]:
     for m in mu.mT.reshape(-1, mu.shape[-2], 1):
         one, rest = (x.double().expand(nodes, 1).squeeze(-1) for x in (m, remaining_of(operator, m)))
         yield np.ascontiguousarray(one.numpy()), np.ascontiguousarray(rest.numpy())
+
+
+def swept_dtype(triangle: Any) -> Any:
+    """Of a triangle's numbers and of the vectors that it sweeps: that of the gains, which all have."""
+    return triangle[3].dtype
 
 
 class Progressed:
@@ -366,8 +367,7 @@ class _Block:
         self.triangles = found = triangles[number]
         self.nodes = degree, found.mu, found.place, found.inverse
         nodes, edges = len(degree), len(found.lower[1]) + len(found.upper[1])
-        # The gains'.
-        dtype = found.lower[3].dtype
+        dtype = swept_dtype(found.lower)
         self.most = max(1, BURST // (self.width * (edges + nodes)))
         self.summed = operator.stochastic == "columns"
         self.factor = found.bound
