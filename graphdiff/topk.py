@@ -21,7 +21,7 @@ import functools
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -114,6 +114,7 @@ class Measure:
         row_sum: σ.
         scales: Of all nodes, if there is such a measure.
         ratio: ρ.
+        wholes: By µ and whether the walk is taken as reversible, see `whole`.
     """
 
     columns: Columns
@@ -121,6 +122,7 @@ class Measure:
     row_sum: float
     scales: Scales | None = None
     ratio: float = 1.0
+    wholes: dict[tuple[float, bool], Any] = field(default_factory=dict)
 
     @cached_property
     def ordered(self) -> Scales | None:
@@ -132,15 +134,14 @@ class Measure:
         """w, or 1, of all nodes."""
         return np.ones(len(self.columns.indptr) - 1) if self.scales is None else self.scales.weight
 
-    @cached_property
-    def halves(self) -> Any:
-        """What `Local` goes by on the whole graph."""
-        return _compiled().halved(self.columns, self.weight)
-
-    @cached_property
-    def halves_scales(self) -> Scales | None:
-        """The scales of all nodes, in the order of `halves`."""
-        return None if self.scales is None else self.scales.at(self.halves.nodes)
+    def whole(self, P: Transition, mu: float, reversible: bool) -> Any:
+        """What `Local` goes by on the whole graph; that of the last µ is kept."""
+        found = self.wholes.get((mu, reversible))
+        if found is None:
+            found = _compiled().prepared(P, mu, reversible)
+            self.wholes.clear()
+            self.wholes[mu, reversible] = found
+        return found
 
 
 class Reach(NamedTuple):
@@ -207,8 +208,9 @@ def top_k(
     the same P do not. Kept beside P are three numbers a node and, once a query has become a solve on the
     whole graph, its edges in an order that is fast to multiply by: 12 bytes an edge (16 from 2³¹ edges on)
     and some 44 a node. Where numba is installed (extra `compiled`) a query is compiled, some times as fast;
-    then a reversible walk keeps 8 bytes an edge and some 72 a node instead, for every µ, and the first query
-    after an installation compiles for some seconds.
+    then what is kept is made for one µ, that of the last such query: 8 bytes an edge (4 where the walk is
+    reversible and all steps from a node are equally likely) and some 64 a node. The first query after an
+    installation compiles for some seconds.
 
     Args:
         P: The walk, one graph, sparse, not its transpose: ``P[i, j]`` is the probability of the step i → j.
@@ -306,10 +308,10 @@ class _Query:
 
     def _local(self) -> Any:
         """A region by compiled code."""
-        measure = self.measure
-        halves = None if self._scales is None else lambda: measure.halves
+        measure, reversible = self.measure, self._scales is not None
+        whole = functools.partial(measure.whole, self.P, self.mu, reversible)
         return _compiled().Local(
-            measure.columns, self.mu, self.source, measure.weight, halves, self._max_work
+            measure.columns, self.mu, self.source, measure.weight, whole, reversible, self._max_work
         )
 
     def _region(self, known: Any = None) -> Region:
@@ -388,7 +390,7 @@ class _Query:
             return None
         if self.region.whole:
             plain = isinstance(self.region, Region)
-            return self.measure.ordered if plain else self.measure.halves_scales
+            return self.measure.ordered if plain else self.measure.scales
         return self._scales.at(self.region.nodes)
 
     def _enough(self, x: Array, r: Array) -> bool:

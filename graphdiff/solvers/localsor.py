@@ -8,62 +8,63 @@ nodes waiting in a queue while |r_v| > θ w_v: successive over-relaxation of the
 Zhou, Yang and Xiao, "Faster local solvers for graph diffusion equations", NeurIPS 2024). Where the walk is
 reversible, ω = 2/(1 + √(1 − µ²)), and a round over the region leaves about ω − 1 of the error; else ω = 1.
 
-Where that comes to the whole graph and the walk is reversible, it goes on as conjugate gradients with SSOR as
-`ssor` has them, for one signal and in float32: with S = D^(1/2) P D^(−1/2), L what S has below the diagonal
-and ∆ the diagonal of I − µS, the preconditioner is (∆ − µL) ∆⁻¹ (∆ − µLᵀ). The triangles of S fit every µ.
-What float32 leaves is seen in the residual, computed in float64 by P itself, from which it starts anew.
+Where that comes to the whole graph it goes on by the steps of `SSOR`, or of `DirectedSSOR` where the walk is
+not reversible. What these leave is seen in the residual, computed in float64 by P itself, from which they
+start anew.
 
 This file is read where numba is installed, and compiled when it is first used.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import float32, njit, uint8, uint64
+import torch
+from numba import uint8, uint64
 
+from graphdiff.operators.base import Transition
 from graphdiff.operators.compiled import compiled
-from graphdiff.operators.lanes import load, store, wide, zeros
-from graphdiff.operators.rows import ordered
+from graphdiff.operators.rows import block
+from graphdiff.solvers import directed_sweeps, sweeps
+from graphdiff.solvers.directed_ssor import DirectedSSOR
 from graphdiff.solvers.push import EDGES, PART, Array, Columns
+from graphdiff.solvers.ssor import SSOR, swept_dtype
 
 TOUCHED, OPENED, QUEUED = uint8(1), uint8(2), uint8(4)
 # How a stage of pushing ends.
 SETTLED, LIMITED, SLOW, WHOLE = range(4)
-# In units of this times the largest residual float32 has no numbers too small for it.
-UNIT = 2.0**-60
-# So many numbers are worked on at once where each is for itself.
-LANES = 16
+# One signal.
+ALONE = (0,)
 
 
-class Halves(NamedTuple):
-    """S by its triangles in float32, 8 bytes an edge, the nodes in the order of `rows.ordered`.
+class Whole(NamedTuple):
+    """What is made of a walk for one µ, as its solver prepares it.
 
     Attributes:
-        nodes: The node at each place, [N].
-        weight: d, [N] in the order.
-        root: √d, alike.
-        place: The place of each node, [N].
-        lower: Row starts, columns and values of what is below the diagonal.
-        upper: What is above it.
-        loop: The diagonal, [N] in the order.
+        triangles: The solver's.
+        degree: d of a reversible walk, [N], else None.
+        shadow: That of `DirectedSSOR`, [N], else None.
     """
 
-    nodes: Array
-    weight: Array
-    root: Array
-    place: Array
-    lower: tuple[Array, Array, Array]
-    upper: tuple[Array, Array, Array]
-    loop: Array
+    triangles: Any
+    degree: Array | None = None
+    shadow: Array | None = None
 
 
-def halved(columns: Columns, weight: Array) -> Halves:
-    """The triangles of a walk, by the weights that make it self-adjoint."""
-    order, root = ordered(columns.indptr, columns.indices), np.sqrt(weight)
-    found = triangles(columns.indptr, columns.indices, columns.values, order, root)
-    return Halves(order.astype(np.int64), weight[order], root[order], *found)
+def prepared(P: Transition, mu: float, reversible: bool) -> Whole:
+    """The triangles of I − µPᵀ, by the degrees of the walk if it is to be taken as reversible."""
+    walk = P.to("cpu", torch.promote_types(P.dtype, torch.float32))
+    number, matrix = torch.full((1, 1), mu, dtype=torch.float64), walk.to_scipy()
+    if reversible:
+        by_degrees = SSOR().prepare(walk, number)
+        return Whole(by_degrees.triangles[0], degree=by_degrees.degree)
+    directed = DirectedSSOR().prepare(walk.T, number)
+    # No residual is computed by the rows of Pᵀ, so they need not be kept: P's stand in their place.
+    (found,) = directed.triangles
+    rows = matrix.indptr, matrix.indices, matrix.data, found.rows[-1]
+    return Whole(found._replace(rows=rows), shadow=directed.shadow)
 
 
 class Local:
@@ -74,7 +75,8 @@ class Local:
         mu: µ.
         source: Where b is 1 − µ; it is 0 elsewhere.
         weight: What residuals are measured by, [N], > 0.
-        of_halves: What gives the triangles, where the walk is said to be reversible.
+        of_whole: What gives the triangles.
+        reversible: Whether the weights are degrees that make the walk reversible.
         max_work: Most edges to go along.
 
     Attributes:
@@ -93,13 +95,14 @@ class Local:
         mu: float,
         source: int,
         weight: Array,
-        of_halves: Callable[[], Halves] | None,
+        of_whole: Callable[[], Whole],
+        reversible: bool,
         max_work: float,
     ) -> None:
         count = len(weight)
         self.mu, self.source, self.max_work = mu, source, max_work
-        self._columns, self._weights, self._of_halves = columns, weight, of_halves
-        self._omega = 1.0 if of_halves is None else 2 / (1 + math.sqrt(1 - mu * mu))
+        self._columns, self._weights, self._of_whole = columns, weight, of_whole
+        self._omega = 2 / (1 + math.sqrt(1 - mu * mu)) if reversible else 1.0
         # Pages of zeros never touched cost nothing.
         self._x, self._r, self._state = np.zeros(count), np.zeros(count), np.zeros(count, np.uint8)
         self._known, self._queue = np.empty(count, np.uint32), np.empty(count, np.uint32)
@@ -140,7 +143,7 @@ class Local:
 
     def places(self, nodes: Array) -> Array:
         """Where nodes stand among the known, which are all."""
-        return self._halves.place[nodes]
+        return nodes
 
     def open_border(self) -> None:
         """Push all known nodes once."""
@@ -168,62 +171,49 @@ class Local:
             *(self._x, self._r, self._known, self._counts),
         )
         self._view()
-        if end == WHOLE and self._of_halves is not None:
+        if end == WHOLE:
             self._take_all()
-        elif end == WHOLE or (end == SLOW and rounds > 1):
+        elif end == SLOW and rounds > 1:
             self.lost = True
         return int(end)
 
     def _take_all(self) -> None:
         """Every node becomes known."""
-        assert self._of_halves is not None
-        self._halves = found = self._of_halves()
-        self.nodes, self.weight = found.nodes, found.weight
-        self.x, self.residual = self._x[self.nodes], self._r[self.nodes]
+        self.nodes, self.weight = np.arange(len(self._x)), self._weights
+        self.x, self.residual = self._x, self._r
         self.b = np.zeros(len(self.nodes))
-        self.b[found.place[self.source]] = 1 - self.mu
+        self.b[self.source] = 1 - self.mu
         self.whole = True
 
     def settle(self, look: Callable[[Array, Array], int]) -> bool:
-        """Conjugate gradients on the whole graph; then x and residual anew.
+        """A solver's steps on the whole graph; then x and residual anew.
 
         Args:
-            look: From x and residual after a step to how many steps it may take until it wants to see them
-                again; 0 for enough.
+            look: From x and residual to how many products it may take until it wants to see them again; 0
+                for enough.
 
         Returns:
             False where a limit stands against it. Where something else does it is `lost`.
         """
-        found, columns, count = self._halves, self._columns, len(self.nodes)
-        diagonal = 1 - self.mu * found.loop
-        scales = (self.mu / diagonal).astype(np.float32), diagonal, found.root
-        # Seven vectors, to whole blocks.
-        rows = tuple(np.zeros((7, -(-count // LANES), LANES), np.float32))
-        vectors = tuple(row.reshape(-1)[:count] for row in rows[:6])
-        rows[6].reshape(-1)[:count] = diagonal
-        numbers = np.zeros(2)
-        x, residual, edges = self.x.copy(), self.residual.copy(), len(found.lower[1]) + len(found.upper[1])
+        x, residual = self.x.copy(), self.residual.copy()
         before = least = left = float(np.abs(residual).sum())
         if before == 0:
             return not self.exhausted
-        unit = UNIT * float(np.max(np.abs(residual) / found.root))
-        entered(found.lower, scales, unit, residual, vectors[1])
-        waited, most, halves = 0, look(x, residual), (found.lower, found.upper)
+        rows, whole = (self._columns.indptr, self._columns.indices, self._columns.values), self._of_whole()
+        steps = (_ByDegrees if whole.shadow is None else _Directed)(whole, residual)
+        waited, most = 0, look(x, residual)
         while most > 0 and waited < self._patience and not self.exhausted:
-            most = math.ceil(min(most, self._patience, 1 + (self.max_work - self.work) / max(edges, 1)))
-            steps = stepped(*halves, scales[0], vectors, rows, numbers, most, (0,) * LANES)
-            # A look multiplies by one triangle.
-            self._counts[3:] += steps, steps * edges + len(found.lower[1])
-            looked(found.lower, self.mu, scales, unit, self.x, vectors, numbers, x, residual)
+            affordable = 1 + (self.max_work - self.work) / max(steps.edges, 1)
+            most = math.ceil(min(most, self._patience, affordable) / steps.products)
+            steps.enter(residual)
+            taken = steps.advance(most)
+            steps.move(x)
+            balanced(*rows, self.mu, self.b, x, residual)
+            products = taken * steps.products
+            self._counts[3:] += products, products * steps.edges + len(rows[1])
             left = float(np.abs(residual).sum())
-            waited, least = (0, left) if left < 0.5 * least else (waited + most, least)
-            most = look(x, residual) if steps == most and left < math.inf else 0
-        self._x[self.nodes] = np.maximum(x, 0)
-        multiplied(columns.indptr, columns.indices, columns.values, self.mu, self._x, self._r)
-        self._counts[4] += len(columns.indices)
-        x = self._x[self.nodes]
-        residual = self._r[self.nodes] + self.b - x
-        left = float(np.abs(residual).sum())
+            waited, least = (0, left) if left < 0.5 * least else (waited + products, least)
+            most = look(x, residual) if taken == most and left < math.inf else 0
         if left <= before:
             self.x, self.residual = x, residual
         # Weights that are not the walk's, or rounding.
@@ -231,34 +221,123 @@ class Local:
         return not self.exhausted
 
 
+class _Steps(ABC):
+    """Steps of a solver on the whole graph, for one residual after another; they keep their direction.
+
+    Args:
+        whole: The triangles.
+        residual: The first, [N]; it says in what units numbers are.
+
+    Attributes:
+        edges: How many a product goes along.
+    """
+
+    products: int
+    """How many a step is worth."""
+
+    def __init__(self, whole: Whole, residual: Array) -> None:
+        self._whole, found, most = whole, whole.triangles, float(np.abs(residual).max())
+        self._halves, self._weights = (found.lower, found.upper), found.weights
+        self.edges = sum(len(half[1]) for half in self._halves)
+        self._unit, self._size = np.full((1, 1), 1 / most), most
+        self._dtype = swept_dtype(found.lower)
+        parts = block(*[(len(residual), self._dtype)] * 6)
+        self._vectors = [part.reshape(-1, 1) for part in parts]
+        # x, and directions: what is left of others may be no number.
+        for vector in (self._vectors[0], *self._vectors[2:4]):
+            vector.fill(0)
+        self._turn, self._sums, self._product = self._one(), np.zeros((2, 1)), np.zeros(1)
+        self._active, self._taken = np.ones(1, bool), np.zeros(1, np.int64)
+
+    def _one(self) -> Array:
+        return np.zeros((1, 1), self._dtype)
+
+    def enter(self, residual: Array) -> None:
+        """Go on from a residual [N]."""
+        self._enter(residual.reshape(-1, 1))
+        with np.errstate(all="ignore"):
+            ratio = self._sums[0] / self._product
+        # Where rounding had gone far astray the direction is worth nothing.
+        self._turn *= np.where((ratio > 0.5) & (ratio < 2), ratio, 0)
+        self._product[:], self._active[:] = self._sums[0], self._sums[1] > 0
+
+    def advance(self, most: int) -> int:
+        """So many steps, and how many there were: fewer where one has no length."""
+        before = int(self._taken[0])
+        self._iterate(most)
+        return int(self._taken[0]) - before
+
+    def move(self, x: Array) -> None:
+        """Add to x [N] what was found since it was last moved."""
+        added(self._whole.triangles.place, self._vectors[0], self._size, x, self._whole.degree)
+
+    @abstractmethod
+    def _enter(self, given: Array) -> None: ...
+
+    @abstractmethod
+    def _iterate(self, most: int) -> None: ...
+
+
+class _ByDegrees(_Steps):
+    """Those of `SSOR`."""
+
+    products = 1
+
+    def _enter(self, given: Array) -> None:
+        found, r, share = self._whole.triangles, self._vectors[1], np.ones((1, 1))
+        nodes = self._whole.degree, found.mu, found.place, found.inverse
+        sweeps.residual(found.rows, nodes, given, self._unit, given, share, False, r, True, ALONE)
+        sweeps.lowered(found.lower, r, self._weights, True, self._sums, ALONE)
+
+    def _iterate(self, most: int) -> None:
+        x, r, p, _, t, w = self._vectors
+        vectors = x, r, p, t, w, self._turn, self._one(), self._sums
+        # Bound, when it was half, target, factor, largest, limit, patience: nothing but the looks ends it.
+        far, never = np.full(1, np.inf), np.full(1, 2**62)
+        rest = np.ones(1), far, self._taken.copy(), np.zeros(1), np.ones(1), far.copy(), never, never
+        state = self._active, self._taken, self._product, *rest
+        sweeps.iterated(*self._halves, self._weights, True, vectors, state, most, ALONE)
+
+
+class _Directed(_Steps):
+    """Those of `DirectedSSOR`."""
+
+    products = 2
+
+    def __init__(self, whole: Whole, residual: Array) -> None:
+        super().__init__(whole, residual)
+        # How far a step goes in each of its halves.
+        self._lengths = self._one(), self._one()
+
+    def _enter(self, given: Array) -> None:
+        found, r = self._whole.triangles, self._vectors[1]
+        directed_sweeps.residual(
+            *(found.rows, found.place, found.inverse, found.lower, given, self._unit, given, False),
+            *(r, self._whole.shadow, self._weights, True, self._sums, ALONE),
+        )
+
+    def _iterate(self, most: int) -> None:
+        x, r, p, v, t, w = self._vectors
+        vectors = x, x, r, p, v, t, w, self._turn, *self._lengths, self._one(), self._sums
+        # Bound, the least, the peak, target and limit: no x is kept as the best.
+        rest = np.ones(1), np.zeros(1), np.zeros(1), np.zeros(1), np.full(1, 2**62)
+        state = self._active, self._taken, self._product, *rest
+        directed_sweeps.iterated(
+            *(*self._halves, self._whole.shadow, self._weights, True, np.ones(1)),
+            *(vectors, state, most, ALONE),
+        )
+
+
 @compiled
-def triangles(starts: Any, nodes: Any, values: Any, order: Any, roots: Any) -> Any:
-    """The place of each node, the triangles of S, and its diagonal, by the rows of P; see `Halves`."""
-    count, edges = uint64(len(order)), len(nodes)
-    place = np.empty(count, np.int64)
-    for a in range(count):
-        place[uint64(order[a])] = a
-    below, above = np.zeros(count + uint64(1), np.uint32), np.zeros(count + uint64(1), np.uint32)
-    into_below, into_above = np.empty(edges, np.uint32), np.empty(edges, np.uint32)
-    of_below, of_above = np.empty(edges, np.float32), np.empty(edges, np.float32)
-    loop = np.zeros(count, np.float64)
-    first, second = uint64(0), uint64(0)
-    for a in range(count):
-        i = uint64(order[a])
-        for e in range(uint64(starts[i]), uint64(starts[i + uint64(1)])):
-            j = uint64(nodes[e])
-            b, value = uint64(place[j]), roots[i] * values[e] / roots[j]
-            if b < a:
-                into_below[first], of_below[first] = b, value
-                first += uint64(1)
-            elif b > a:
-                into_above[second], of_above[second] = b, value
-                second += uint64(1)
-            else:
-                loop[a] += values[e]
-        below[a + uint64(1)], above[a + uint64(1)] = first, second
-    lower = below, into_below[:first].copy(), of_below[:first].copy()
-    return place, lower, (above, into_above[:second].copy(), of_above[:second].copy()), loop
+def added(place: Any, found: Any, size: float, x: Any, degree: Any) -> None:
+    """x += what was found [N, 1], by place, times size and, if there are, degrees; which then is 0."""
+    for i in range(uint64(len(x))):
+        a = uint64(place[i])
+        more = size * float(found[a, 0])
+        if degree is not None:
+            more *= degree[i]
+        x[i] += more
+        found[a, 0] = 0.0
 
 
 @compiled
@@ -374,106 +453,14 @@ def refreshed(
 
 
 @compiled
-def multiplied(starts: Any, nodes: Any, values: Any, mu: float, x: Any, y: Any) -> None:
-    """y = µPᵀx."""
-    y[:] = 0.0
+def balanced(starts: Any, nodes: Any, values: Any, mu: float, b: Any, x: Any, r: Any) -> None:
+    """x ≥ 0, and r = b − (I − µPᵀ) x."""
+    r[:] = 0.0
     for u in range(uint64(len(x))):
+        x[u] = max(x[u], 0.0)
         moved = mu * x[u]
         if moved != 0.0:
             for e in range(uint64(starts[u]), uint64(starts[u + uint64(1)])):
-                y[uint64(nodes[e])] += moved * values[e]
-
-
-@njit(inline="always")
-def summed(nodes: Any, values: Any, x: Any, first: Any, last: Any) -> Any:
-    """A row times x: four sums, for a sum waits for the one before."""
-    e = uint64(first)
-    s0, s1, s2, s3 = float32(0.0), float32(0.0), float32(0.0), float32(0.0)
-    while e + uint64(3) < last:
-        s0 += values[e] * x[uint64(nodes[e])]
-        s1 += values[e + uint64(1)] * x[uint64(nodes[e + uint64(1)])]
-        s2 += values[e + uint64(2)] * x[uint64(nodes[e + uint64(2)])]
-        s3 += values[e + uint64(3)] * x[uint64(nodes[e + uint64(3)])]
-        e += uint64(4)
-    while e < last:
-        s0 += values[e] * x[uint64(nodes[e])]
-        e += uint64(1)
-    return (s0 + s1) + (s2 + s3)
-
-
-@compiled
-def entered(lower: Any, scales: Any, unit: float, residual: Any, rho: Any) -> None:
-    """ρ = (∆ − µL)⁻¹ times a residual."""
-    starts, nodes, values = lower
-    rate, diagonal, root = scales
-    for a in range(uint64(len(rho))):
-        total = summed(nodes, values, rho, starts[a], uint64(starts[a + uint64(1)]))
-        rho[a] = float32(residual[a] / (unit * root[a] * diagonal[a])) + rate[a] * total
-
-
-@compiled
-def stepped(
-    lower: Any, upper: Any, rate: Any, vectors: Any, rows: Any, numbers: Any, most: int, lanes: Any
-) -> int:
-    """So many steps of conjugate gradients, and how many there were: fewer without curvature.
-
-    What a step adds to x and ρ is added at the start of the next. Numbers are its length, and ‖ρ‖² before.
-    `rows` are the vectors and ∆ once more, so many numbers side by side as there are lanes.
-    """
-    _, rho, _, s, _, w = vectors
-    into, residual, direction, solved, way, image, diagonal = rows
-    starts, below, values = lower
-    ends, above, weights = upper
-    count, blocks, sums = uint64(len(rate)), uint64(len(into)), np.zeros((1, len(lanes)))
-    for step in range(most):
-        length, total = float32(numbers[0]), zeros(lanes)
-        for b in range(blocks):
-            t = load(way, b, lanes)
-            store(into, b, load(into, b, lanes) + t * length)
-            q = load(residual, b, lanes) - (t + load(image, b, lanes)) * length
-            store(residual, b, q)
-            total = total + wide(q * load(diagonal, b, lanes)) * wide(q)
-        store(sums, uint64(0), total)
-        square = sums.sum()
-        a = count
-        while a > uint64(0):
-            a -= uint64(1)
-            s[a] = rho[a] + rate[a] * summed(above, weights, s, ends[a], uint64(ends[a + uint64(1)]))
-        turn = float32(square / numbers[1] if numbers[1] > 0.0 else 0.0)
-        for b in range(blocks):
-            p = load(residual, b, lanes) + load(direction, b, lanes) * turn
-            t = load(solved, b, lanes) + load(way, b, lanes) * turn
-            store(direction, b, p)
-            store(way, b, t)
-            store(image, b, p - t)
-        for a in range(count):
-            w[a] += rate[a] * summed(below, values, w, starts[a], uint64(starts[a + uint64(1)]))
-        total = zeros(lanes)
-        for b in range(blocks):
-            moved = load(way, b, lanes) + load(image, b, lanes)
-            total = total + wide(load(direction, b, lanes) * load(diagonal, b, lanes)) * wide(moved)
-        store(sums, uint64(0), total)
-        curvature = sums.sum()
-        # No curvature, no step: that is rounding, or weights that are not the walk's.
-        numbers[0], numbers[1] = square / curvature if curvature > 0.0 else 0.0, square
-        if not curvature > 0.0:
-            return step
-    return most
-
-
-@compiled
-def looked(
-    lower: Any, mu: float, scales: Any, unit: float, start: Any, vectors: Any, numbers: Any, y: Any, r: Any
-) -> None:
-    """The answer, and its residual (∆ − µL)ρ."""
-    x, rho, _, _, t, w = vectors
-    starts, nodes, values = lower
-    _, diagonal, root = scales
-    length = float32(numbers[0])
-    numbers[0] = 0.0
-    for a in range(uint64(len(x))):
-        rho[a] -= length * (t[a] + w[a])
-        x[a] += length * t[a]
-        total = summed(nodes, values, rho, starts[a], uint64(starts[a + uint64(1)]))
-        r[a] = (diagonal[a] * rho[a] - mu * total) * (unit * root[a])
-        y[a] = start[a] + unit * root[a] * x[a]
+                r[uint64(nodes[e])] += moved * values[e]
+    for u in range(uint64(len(x))):
+        r[u] = r[u] + b[u] - x[u]
