@@ -381,6 +381,7 @@ def test_a_solver_goes_on_where_a_look_left_it(by, directed, mu):
         assert region.whole
 
         def look(x, r, region=region, pace=pace):
+            assert (x >= 0).all()
             assert np.abs(region.b - x + mu * dense.T @ x - r).max() < 1e-14
             assert np.abs(x - exact).sum() <= np.abs(r).sum() / (1 - mu) + 1e-12
             return pace if np.abs(r).sum() > 1e-8 * (1 - mu) else 0
