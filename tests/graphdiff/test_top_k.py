@@ -365,13 +365,13 @@ def test_one_walk_under_many_mu():
             assert found.converged
 
 
-@pytest.mark.parametrize("directed", [False, True])
+@pytest.mark.parametrize("kind", ["hubs", "directed", "grid"])
 @pytest.mark.parametrize("mu", [0.5, 0.85, 0.99])
-def test_a_solver_goes_on_where_a_look_left_it(by, directed, mu):
+def test_a_solver_goes_on_where_a_look_left_it(by, kind, mu):
     """Looks in between cost next to no steps, and what they see is the residual."""
     if by == "plain":
         pytest.skip("compiled code alone")
-    P = scale_free(400, directed)
+    P = square_grid(20) if kind == "grid" else scale_free(400, kind == "directed")
     exact, dense = pagerank_of(P, 57, mu).numpy(), P.dense().double().numpy()
     taken = []
     for pace in (1, 3, 100):
@@ -391,7 +391,7 @@ def test_a_solver_goes_on_where_a_look_left_it(by, directed, mu):
         assert not region.lost
         taken.append(region.steps - before)
     assert taken[0] <= taken[1] <= taken[0] + 4
-    if directed:
+    if kind == "directed":
         assert taken[0] % 2 == 0
 
 
