@@ -128,8 +128,7 @@ def solve_scaled(
     checks.same_device(signal, "s", P.device, "P")
     signal = checks.real(signal, P.mask)
     checks.finite(signal, "s")
-    for tensor in P.tensors():
-        checks.finite(tensor, f"the tensors of {type(P).__name__}")
+    P.check_finite()
     mu = checks.mu(mu, signal.shape, P.device)
     tol = checks.positive_number(tol, "tol") if tol is not None else default_tol(s.dtype)
     budget = Budget.checked(max_steps, max_seconds, progress)

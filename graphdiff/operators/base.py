@@ -115,6 +115,17 @@ class Transition(ABC):
         """The same of Pᵀ v, in the 1-norm."""
         return self.rounding(dtype)
 
+    def relative_degrees(self, least: float) -> tuple[Any, float]:
+        """d / max d of a reversible walk on the CPU, float64 [N], and the least of its logarithms.
+
+        Degrees below exp(`least`) are raised to that.
+        """
+        log_degree = self.log_degree
+        if log_degree is None:
+            raise TypeError(f"relative_degrees: {self} is not known to be reversible")
+        low, high = log_degree.aminmax()
+        return (log_degree - high).double().clamp_(min=least).exp_().numpy(), float(low - high)
+
     def degree_rounding(self, dtype: torch.dtype) -> Tensor | float:
         """How far `log_degree` computed in `dtype` may be off, a number or [..., 1, 1].
 
@@ -234,6 +245,11 @@ class Transition(ABC):
             elif isinstance(value, Tensor) and value.is_floating_point():
                 yield value
 
+    def check_finite(self) -> None:
+        """Those hold neither nan nor infinity."""
+        for tensor in self._each_tensor():
+            checks.finite(tensor, f"the tensors of {type(self).__name__}")
+
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
         """The same operator made of other tensors with the same values, so nothing is checked again."""
         return self._replaced(iter(tensors), None)
@@ -314,6 +330,10 @@ class TransposedTransition(Transition):
     def degree_rounding(self, dtype: torch.dtype) -> Tensor | float:
         """As the original."""
         return self.original.degree_rounding(dtype)
+
+    def check_finite(self) -> None:
+        """Those of the original."""
+        self.original.check_finite()
 
     @property
     def mask(self) -> Tensor | None:  # type: ignore[override]  # the original's

@@ -47,18 +47,18 @@ def block(*parts: tuple[int, Any]) -> list[Any]:
 
 
 @compiled
-def _copied(starts: Any, nodes: Any, begins: Any, into: Any) -> int:
-    """How many edges the longest row has, if every row has one, and every edge a node; else 0.
+def _copied(starts: Any, nodes: Any, begins: Any, into: Any) -> tuple[int, int]:
+    """How many edges the shortest row and the longest have, if every edge has a node; else 0 and 0.
 
     `begins` and `into` become copies of both.
     """
     count, edges = uint64(len(starts) - 1), uint64(len(nodes))
     if starts[0] != 0 or starts[count] != len(nodes):
-        return 0
-    longest, rising = 0, True
+        return 0, 0
+    longest, shortest = 0, len(nodes)
     for i in range(count):
         length = starts[i + uint64(1)] - starts[i]
-        longest, rising = max(longest, length), rising & (length > 0)
+        longest, shortest = max(longest, length), min(shortest, length)
         begins[i] = starts[i]
     begins[count] = starts[count]
     # A negative one is the largest of all.
@@ -66,7 +66,7 @@ def _copied(starts: Any, nodes: Any, begins: Any, into: Any) -> int:
     for e in range(edges):
         largest = max(largest, uint64(nodes[e]))
         into[e] = nodes[e]
-    return longest if rising and largest < count else 0
+    return (shortest, longest) if shortest > 0 and largest < count else (0, 0)
 
 
 @compiled
@@ -138,35 +138,35 @@ def normalised(
     into: Any,
     values: Any,
     sums: Any,
-) -> tuple[int, bool, Any]:
-    """How many edges the longest row has; whether all weights are the same; and the rows' sums of weights.
+) -> tuple[tuple[int, int], bool, Any]:
+    """How many edges the shortest row and the longest have; whether weights are alike; the rows' sums of them.
 
-    0 unless every row has an edge, every edge a node, and every weight lies between the `ordinary` ones. Then
+    0 and 0 unless every row has an edge, every edge a node, and every weight lies between the `ordinary` ones. Then
     `begins` and `into` are copies of `starts` [N + 1] and `nodes` [edges], `values` [edges] the weights
     divided by their row's sum, and `sums` [N] a row's sum of those. The sums of weights are [N], but where
     all are the same [longest + 1], for each number of edges.
     """
     least, most = ordinary
-    longest = _copied(starts, nodes, begins, into)
-    if longest == 0:
-        return 0, False, np.empty(0)
+    lengths = _copied(starts, nodes, begins, into)
+    if lengths[0] == 0:
+        return (0, 0), False, np.empty(0)
     if _alike(weights):
         if not least < weights[0] < most:
-            return 0, True, np.empty(0)
-        return longest, True, _shared(begins, weights[0], longest, values, sums)
+            return (0, 0), True, np.empty(0)
+        return lengths, True, _shared(begins, weights[0], lengths[1], values, sums)
     degree = np.empty(len(begins) - 1)
     for i in range(uint64(len(degree))):
         first, last = uint64(begins[i]), uint64(begins[i + uint64(1)])
         total, summed = 0.0, 0.0
         for e in range(first, last):
             if not least < weights[e] < most:
-                return 0, False, degree
+                return (0, 0), False, degree
             total += weights[e]
         for e in range(first, last):
             values[e] = weights[e] / total
             summed += values[e]
         degree[i], sums[i] = total, summed
-    return longest, False, degree
+    return lengths, False, degree
 
 
 @compiled

@@ -78,6 +78,10 @@ class SparseTransition(Transition):
     jump: Tensor | None = field(default=None, kw_only=True)
 
     entrywise = True
+    _degrees_by_length: Any = None
+    """Where edges all have one weight: log d by a row's number of edges, and the least of these numbers."""
+    _finite = False
+    """Whether its numbers are known to be finite."""
 
     def __post_init__(self) -> None:
         indptr, indices = checks.integers(self.indptr, "indptr"), checks.integers(self.indices, "indices")
@@ -661,6 +665,20 @@ class SparseTransition(Transition):
             self._pattern.sweep_order = super().sweep_order()
         return self._pattern.sweep_order
 
+    def relative_degrees(self, least: float) -> tuple[Any, float]:
+        """As of any reversible operator, to the bit."""
+        if self._degrees_by_length is None:
+            return super().relative_degrees(least)
+        log_degree, fewest = self._degrees_by_length
+        log_weight = log_degree - log_degree[-1]
+        table = log_weight.double().clamp(min=least).exp_().numpy()
+        return _compiled().by_length(self.indptr.numpy(), table), float(log_weight[fewest])
+
+    def check_finite(self) -> None:
+        """As of any operator."""
+        if not self._finite:
+            super().check_finite()
+
     @cached_property
     def _equal_steps(self) -> bool:
         return super().equal_steps()
@@ -947,20 +965,22 @@ def _compiled_walk(
     number = "i4" if max(nodes, count) < 2**31 else "i8"
     weight, value = np.ascontiguousarray(A.data, "f8"), "f4" if dtype == torch.float32 else "f8"
     found = _compiled().block((nodes + 1, number), (count, number), (count, value), (nodes, "f8"))
-    longest, alike, degree = _compiled().normalised(A.indptr, A.indices, weight, ORDINARY, *found)
-    if longest == 0:
+    lengths, alike, degree = _compiled().normalised(A.indptr, A.indices, weight, ORDINARY, *found)
+    fewest, longest = lengths
+    if fewest == 0:
         return None
     indptr, indices, _, sums = found
     compared = None if alike else weight
     symmetric = reversible is None and bool(_compiled().symmetric(indptr, indices, compared))
+    walk = object.__new__(SparseTransition)
     log_degree = None
     if symmetric or reversible:
         log_degree = torch.from_numpy(degree).log().to(dtype)
         if alike:
+            walk.__dict__["_degrees_by_length"] = log_degree, fewest
             log_degree = torch.from_numpy(_compiled().by_length(indptr, log_degree.numpy()))
-    walk = object.__new__(SparseTransition)
     edges = dict(zip(("indptr", "indices", "values"), map(torch.from_numpy, found[:3]), strict=True))
-    walk.__dict__.update(edges, log_degree=log_degree, dangling=None, jump=None)
+    walk.__dict__.update(edges, log_degree=log_degree, dangling=None, jump=None, _finite=True)
     walk.__dict__["_edge_sums"] = torch.from_numpy(sums).unsqueeze(-1)
     walk._pattern.symmetric = symmetric
     if alike:

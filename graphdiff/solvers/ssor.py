@@ -65,7 +65,7 @@ class Triangles(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """The operator, µ, log d − max log d [N, 1] and its least, d, triangles, and memory to sweep in.
+    """The operator, µ, the least of log d − max log d, d / max d, triangles, and memory to sweep in.
 
     Triangles are those of the walk that is stochastic by rows, one for each µ in the order of its leading
     dimensions and channels. New memory for every few signals would cost as much as sweeping them several
@@ -74,7 +74,6 @@ class Swept(NamedTuple):
 
     operator: Transition
     mu: Tensor
-    log_weight: Tensor
     least: float
     degree: Any
     triangles: list[Triangles]
@@ -127,7 +126,7 @@ class SSOR(Solver):
         """An order of the nodes, and the two triangles of the matrix in it, for each µ."""
         if operator.stochastic == "columns":
             return self.transposed(self.prepare(operator.T, mu))
-        log_degree = check_reversible(operator, "SSOR").unsqueeze(-1)
+        check_reversible(operator, "SSOR")
         if not fits(operator):
             raise ValueError(
                 f"solver: SSOR needs a sparse walk on the CPU with less than 2³² edges, got {operator}; use "
@@ -136,10 +135,8 @@ class SSOR(Solver):
         sweeps = _sweeps()
         if sweeps is None:
             raise ImportError("solver: SSOR needs numba; pip install numba, or use CG()")
-        low, high = log_degree.aminmax()
-        log_weight, least = log_degree - high, max(float(low - high), LEAST)
-        degree = log_weight.squeeze(-1).double().clamp(min=LEAST).exp_().numpy()
-        P = operator.to_scipy()
+        degree, least = operator.relative_degrees(LEAST)
+        least, P = max(least, LEAST), operator.to_scipy()
         order, equal = operator.sweep_order(), operator.equal_steps()
         even, rows, triangles = math.exp(least) >= EVEN, (P.indptr, P.indices, P.data), []
         for m, remaining in each_mu(operator, mu):
@@ -148,7 +145,7 @@ class SSOR(Solver):
             found = Triangles(m, largest, *sweeps.split(*rows, order, equal, m, remaining, dtype, degree))
             lower, upper = sweeps.in_groups(found.lower), sweeps.in_groups(found.upper)
             triangles.append(found._replace(lower=lower, upper=upper))
-        return Swept(operator, mu, log_weight, least, degree, triangles, {})
+        return Swept(operator, mu, least, degree, triangles, {})
 
     def transposed(self, state: Swept) -> Swept:
         """The same triangles: I − MPᵀ = M S D⁻¹ where I − MP = M D⁻¹ S."""
@@ -156,7 +153,7 @@ class SSOR(Solver):
 
     def solve(self, state: Swept, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Iterate until the bound of each right-hand side is below its target."""
-        operator, mu, log_weight = state[:3]
+        operator, mu = state[:2]
         batch = checks.broadcast_batch([operator.shape[:-2], rhs.shape[:-2], mu.shape[:-2]], "P, s and µ")
         nodes, channels = rhs.shape[-2:]
         given, start, unit, pinned = rhs, initial, torch.ones_like(target), not bool(mu.all())
@@ -164,6 +161,7 @@ class SSOR(Solver):
         if pinned:
             # Where µ_i = 0 the answer is b_i; started there, nothing is left to do for it.
             each = mu.expand(*mu.shape[:-2], nodes, mu.shape[-1])
+            log_weight = torch.from_numpy(state.degree).log().unsqueeze(-1)
             _, base, given, unit = started(Weighted(operator, each, log_weight), rhs, initial)
             y.copy_(base)
             start = torch.zeros_like(initial)
@@ -362,7 +360,7 @@ class _Block:
     """The memory for a line of signals, and what is swept in it."""
 
     def __init__(self, state: Swept, line: Line, memory: dict[Any, Any]) -> None:
-        operator, _, _, least, degree, triangles, _ = state
+        operator, _, least, degree, triangles, _ = state
         number, self.width, self.place = line.number, line.width, (line.place, line.part)
         self.triangles = found = triangles[number]
         self.nodes = degree, found.mu, found.place, found.inverse
