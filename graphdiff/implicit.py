@@ -205,21 +205,22 @@ def concluded(
     def as_given(x: Tensor) -> Tensor:
         return x.squeeze(-1) if s.ndim == 1 else x
 
-    held = torch.promote_types(s.dtype, torch.float32)
+    held, converged = torch.promote_types(s.dtype, torch.float32), found.error_bound <= found.atol
     solution = Solution(
         value=as_given(found.value.to(s.dtype)),
         lower=as_given(_outward(found.lower, held, -torch.inf)),
         upper=as_given(_outward(found.upper, held, torch.inf)),
         error_bound=as_given(found.error_bound.squeeze(-2)),
-        converged=as_given((found.error_bound <= found.atol).squeeze(-2)),
+        converged=as_given(converged.squeeze(-2)),
         steps=as_given(found.steps),
         matvecs=as_given(found.matvecs),
         norm=norm,
         solver=solver,
         reason=f"{why}; {how.told}",
     )
-    what = f"graphdiff.{call}, {solver}, {how.told}"
-    report(found.error_bound, found.atol, on_failure, what, how.advice, solution)
+    if not bool(converged.all()):
+        what = f"graphdiff.{call}, {solver}, {how.told}"
+        report(found.error_bound, found.atol, on_failure, what, how.advice, solution)
     return solution
 
 

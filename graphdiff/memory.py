@@ -67,9 +67,13 @@ def lent(length: int) -> Any:
     page = HUGE if length >= 2 * HUGE else PAGE
     whole = -(-length // page) * page
     most = LARGER * whole
-    # Of those as large, the one let go last: more of it is in the cache.
-    fitting = [x for x in reversed(list(_kept.items())) if whole <= len(x[1]) <= most]
-    address = min(fitting, key=lambda x: len(x[1]))[0] if fitting else 0
+    # The smallest that is large enough, and of those the one let go last: more of it is in the cache.
+    address, smallest = 0, most + 1
+    for place, kept in reversed(list(_kept.items())):
+        if whole <= len(kept) < smallest:
+            address, smallest = place, len(kept)
+            if smallest == whole:
+                break
     # Another thread may have taken it.
     piece = _kept.pop(address, None)
     if piece is None:

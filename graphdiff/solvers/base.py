@@ -11,6 +11,7 @@ the interval would halve the bound, and make the error itself larger wherever th
 """
 
 import functools
+import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -430,7 +431,9 @@ def solve_certified(
     width = channels if solver.together else _width(solver, operator, mu, rhs)
     solved = functools.partial(_solve_some, solver, state, operator, mu, budget, keep)
     if width >= channels:
-        room = Room(*(empty(rhs.shape, rhs) for _ in Room._fields))
+        # Two and two: the bounds outlive the others.
+        pairs = (empty((2, *rhs.shape), rhs).unbind() for _ in range(2))
+        room = Room(*itertools.chain(*pairs))
         return solved(rhs.contiguous(), initial.contiguous(), atol.contiguous(), room)
     vectors, parts = [empty(rhs.shape, rhs) for _ in range(3)], []
     spare: Sequence[Tensor] = []

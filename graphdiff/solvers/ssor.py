@@ -25,7 +25,6 @@ from graphdiff.solvers.base import (
     Solver,
     carry_on,
     check_reversible,
-    remaining_of,
 )
 from graphdiff.solvers.cg import LOSS, Weighted, started
 from graphdiff.solvers.chebyshev import Chebyshev
@@ -180,10 +179,18 @@ class SSOR(Solver):
 
 def each_mu(operator: Transition, mu: Tensor) -> Iterator[tuple[Any, Any]]:
     """µ and 1 − µ·rowsum as arrays [N], for each of µ's leading dimensions and channels, in their order."""
-    nodes = operator.shape[-1]
-    for m in mu.mT.reshape(-1, mu.shape[-2], 1):
-        one, rest = (x.double().expand(nodes, 1).squeeze(-1) for x in (m, remaining_of(operator, m)))
-        yield np.ascontiguousarray(one.numpy()), np.ascontiguousarray(rest.numpy())
+    nodes, summed, sums = operator.shape[-1], operator.stochastic == "columns", operator.row_sums
+    if isinstance(sums, Tensor):
+        sums = sums.squeeze(-1).numpy()
+        sums = sums.max() if summed else sums
+    for m in mu.mT.reshape(-1, mu.shape[-2]).double().numpy():
+        one, rest = _sweeps().block((nodes, np.float64), (nodes, np.float64))
+        if summed:
+            one[:], rest[:] = m, 1 - m.max() * sums
+        else:
+            one[:] = m
+            np.subtract(1.0, np.multiply(one, sums, out=rest), out=rest)
+        yield one, rest
 
 
 def swept_dtype(triangle: Any) -> Any:
@@ -225,7 +232,7 @@ class Line(NamedTuple):
     number: int
 
 
-def lines_of(which: Tensor, mus: int, nodes: int, sizes: list[int]) -> list[Line]:
+def lines_of(which: Any, mus: int, nodes: int, sizes: list[int]) -> list[Line]:
     """The lines of all signals, given which µ each has, [batch, K].
 
     How many µ there are for channels, and the bytes of a number for each µ, say how wide they are.
@@ -265,8 +272,8 @@ def sweep_all(
         The steps [..., K], and which right-hand sides [..., 1, K] are not done.
     """
     *batch, nodes, channels = tensors[-1].shape
-    mus = torch.arange(mu.numel() // mu.shape[-2]).reshape(*mu.shape[:-2], mu.shape[-1])
-    which = mus.expand(*batch, channels).reshape(math.prod(batch), channels)
+    mus = np.arange(mu.numel() // mu.shape[-2]).reshape(*mu.shape[:-2], mu.shape[-1])
+    which = np.broadcast_to(mus, (*batch, channels)).reshape(math.prod(batch), channels)
     lines = lines_of(which, mu.shape[-1], nodes, sizes)
     # Of an expanded tensor all columns are one, where the sweeps look for several beside each other.
     wide = [t.expand_as(tensors[-1]).reshape(-1, nodes, channels).contiguous() for t in tensors[:-1]]
