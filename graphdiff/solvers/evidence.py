@@ -23,7 +23,30 @@ FOUND = 6
 # Numbers of a vector from which several threads are worth it.
 MANY = 2**20
 # Nodes of a single signal that stand beside each other, like signals, where their order is of no matter.
-BESIDE = 8
+EIGHT, ONE = (0,) * 8, (0,)
+
+
+@compiled
+def _eights(x: Any) -> Any:
+    """[N, 1] without the last N % 8 as [N // 8, 8]; one number for all nodes as [1, 8]."""
+    if len(x) == 1:
+        return np.full((1, len(EIGHT)), x[0, 0])
+    rows = len(x) // len(EIGHT)
+    return x[: rows * len(EIGHT)].reshape(rows, len(EIGHT))
+
+
+@compiled
+def _last(x: Any) -> Any:
+    """The last N % 8 of [N, 1]; one number for all nodes as it is."""
+    return x if len(x) == 1 else x[len(x) // len(EIGHT) * len(EIGHT) :]
+
+
+@compiled
+def _joined(eight: Any, one: Any, found: Any) -> None:
+    """The largest number of each row of both, if both end with rows of 0; else nan in the last."""
+    for k in range(len(one)):
+        found[k, 0] = max(eight[k].max(), one[k, 0])
+    found[len(one) - 1, 0] = eight[-1].sum() + one[-1, 0]
 
 
 # A call would count references to the array for every node.
@@ -35,7 +58,7 @@ def _times(a: Any, factor: Any, i: int, lanes: Any) -> Any:
 
 
 @compiled
-def _judged(
+def _judged_beside(
     b: Any,
     walked: Any,
     x: Any,
@@ -82,6 +105,32 @@ def _judged(
 
 
 @compiled
+def _judged(
+    b: Any,
+    walked: Any,
+    x: Any,
+    residual: Any,
+    mu: Any,
+    inverse: Any,
+    started: bool,
+    summed: bool,
+    found: Any,
+    first: int,
+    lanes: Any,
+) -> None:
+    """`_judged_beside`; of a signal alone nodes stand beside each other where nothing is summed."""
+    if len(lanes) > 1 or b.shape[1] > 1 or summed or len(b) < LINE:
+        _judged_beside(b, walked, x, residual, mu, inverse, started, summed, found, first, lanes)
+        return
+    eight, one = np.empty((4, len(EIGHT))), np.empty((4, 1))
+    left, parts = _eights(residual), (_eights(mu), _eights(inverse))
+    _judged_beside(_eights(b), _eights(walked), _eights(x), left, *parts, started, False, eight, 0, EIGHT)
+    left, ends = _last(residual), (_last(mu), _last(inverse))
+    _judged_beside(_last(b), _last(walked), _last(x), left, *ends, started, False, one, 0, ONE)
+    _joined(eight, one, found[:4])
+
+
+@compiled
 def _concluded(told: Any, inverse: Any, known: Any, summed: bool, units: Any) -> Any:
     """What `_Best` of `base` makes of what `_judged` found, in its place, operation by operation.
 
@@ -108,7 +157,7 @@ def _concluded(told: Any, inverse: Any, known: Any, summed: bool, units: Any) ->
 
 
 @compiled
-def _sized(x: Any, summed: bool, found: Any, first: int, lanes: Any) -> None:
+def _sized_beside(x: Any, summed: bool, found: Any, first: int, lanes: Any) -> None:
     """Columns of max |x| from the `first` on, if `summed` of Σ |x|, and below them 0 or nan as `_judged`."""
     signals, told = x[:, first : first + len(lanes)], found[:, first : first + len(lanes)]
     most = odd = zeros(lanes)
@@ -121,7 +170,19 @@ def _sized(x: Any, summed: bool, found: Any, first: int, lanes: Any) -> None:
 
 
 @compiled
-def _narrowed(
+def _sized(x: Any, summed: bool, found: Any, first: int, lanes: Any) -> None:
+    """`_sized_beside`; of a signal alone nodes stand beside each other where nothing is summed."""
+    if len(lanes) > 1 or x.shape[1] > 1 or summed or len(x) < LINE:
+        _sized_beside(x, summed, found, first, lanes)
+        return
+    eight, one = np.empty((2, len(EIGHT))), np.empty((2, 1))
+    _sized_beside(_eights(x), False, eight, 0, EIGHT)
+    _sized_beside(_last(x), False, one, 0, ONE)
+    _joined(eight, one, found)
+
+
+@compiled
+def _narrowed_beside(
     x: Any,
     residual: Any,
     reach: Any,
@@ -158,6 +219,32 @@ def _narrowed(
         store(top, i, nothing - larger(nothing - found, nothing - load(ceiling, best, lanes)))
 
 
+@compiled
+def _narrowed(
+    x: Any,
+    residual: Any,
+    reach: Any,
+    ends: Any,
+    lower: Any,
+    upper: Any,
+    below: Any,
+    above: Any,
+    first: int,
+    lanes: Any,
+) -> None:
+    """`_narrowed_beside`; of a signal alone nodes stand beside each other."""
+    if len(lanes) > 1 or x.shape[1] > 1 or len(x) < LINE:
+        _narrowed_beside(x, residual, reach, ends, lower, upper, below, above, first, lanes)
+        return
+    told = np.empty((3, len(EIGHT)))
+    for k in range(3):
+        told[k] = ends[k, 0]
+    places, best = (_eights(below), _eights(above)), (_eights(lower), _eights(upper))
+    _narrowed_beside(_eights(x), _eights(residual), _eights(reach), told, *best, *places, 0, EIGHT)
+    places, best = (_last(below), _last(above)), (_last(lower), _last(upper))
+    _narrowed_beside(_last(x), _last(residual), _last(reach), ends, *best, *places, 0, ONE)
+
+
 @functools.lru_cache(64)
 def _parts(channels: int, threads: int) -> list[Any]:
     """Parts of the columns, enough for so many threads, but no narrower than a line of the cache if need be.
@@ -181,31 +268,9 @@ def _passed(pass_over: Any, places: list[Any]) -> None:
         list(pythons(threads).map(pass_over, *zip(*parts, strict=True)))
 
 
-def _spread(places: list[Any]) -> list[Any]:
-    """The arrays of each place, where of single signals so that most of their nodes stand beside each other.
-
-    Of [N, 1] then come [N // 8, 8] and after it what is left, [N % 8, 1]; what has other rows is repeated.
-    """
-    nodes, channels = places[0][0].shape
-    if channels > 1 or nodes < LINE:
-        return places
-    whole, parted = nodes - nodes % BESIDE, []
-    for place in places:
-        parted.append(
-            [v[:whole].reshape(-1, BESIDE) if len(v) == nodes else v.repeat(BESIDE, 1) for v in place]
-        )
-        parted.append([v[whole:] if len(v) == nodes else v for v in place])
-    return parted
-
-
 def _measured(pass_over: Any, places: list[Any], flags: tuple[bool, ...], found: Any) -> None:
-    """Fills `found` [batch, rows, K] with what is found of each place; the last flag is `summed`."""
-    parts = places if flags[-1] else _spread(places)
-    into = found if parts is places else [np.empty((found.shape[1], part[0].shape[1])) for part in parts]
-    _passed(pass_over, [(*part, *flags, told) for part, told in zip(parts, into, strict=True)])
-    if parts is not places:
-        for told, most, rest in zip(found, into[::2], into[1::2], strict=True):
-            np.max(np.concatenate((most, rest), 1), 1, keepdims=True, out=told)
+    """Fills `found` [batch, rows, K] with what is found of each place."""
+    _passed(pass_over, [(*place, *flags, told) for place, told in zip(places, found, strict=True)])
 
 
 def _arrays(x: Tensor) -> Any:
@@ -274,4 +339,4 @@ def narrowed(
         reach = reach.expand(*batch, *reach.shape[-2:])
     told = np.concatenate([_arrays(end) for end in ends], 1)
     arrays = [*(_arrays(v) for v in (x, residual, reach)), told, *(_arrays(v) for v in (*best, *into))]
-    _passed(_narrowed, _spread(list(zip(*arrays, strict=True))))
+    _passed(_narrowed, list(zip(*arrays, strict=True)))
