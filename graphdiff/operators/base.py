@@ -86,6 +86,12 @@ class Transition(ABC):
         """Row sums of P as given, [..., N, 1] (those of the original for a transpose), or exactly 1."""
         return 1.0
 
+    @property
+    def largest_row_sum(self) -> Tensor | float:
+        """The largest of them, [..., 1, 1], or exactly 1."""
+        sums = self.row_sums
+        return sums.amax(-2, keepdim=True) if isinstance(sums, Tensor) else sums
+
     def rounding(self, dtype: torch.dtype) -> Tensor | float:
         """ε, a number or [..., 1, 1], with ‖fl(P y) − P y‖ ≤ ε‖y‖ for products computed in `dtype`.
 
@@ -391,6 +397,11 @@ class TransposedTransition(Transition):
     def row_sums(self) -> Tensor | float:
         """Those of the original, which are this operator's column sums."""
         return self.original.row_sums
+
+    @property
+    def largest_row_sum(self) -> Tensor | float:
+        """That of the original."""
+        return self.original.largest_row_sum
 
     def rounding(self, dtype: torch.dtype) -> Tensor | float:
         """Of the original's transposed product."""

@@ -139,12 +139,12 @@ def normalised(
     values: Any,
     sums: Any,
 ) -> tuple[tuple[int, int], bool, Any]:
-    """How many edges the shortest row and the longest have; whether weights are alike; the rows' sums of them.
+    """How many edges the shortest row and the longest have; whether all weights are the same; their sums.
 
-    0 and 0 unless every row has an edge, every edge a node, and every weight lies between the `ordinary` ones. Then
-    `begins` and `into` are copies of `starts` [N + 1] and `nodes` [edges], `values` [edges] the weights
-    divided by their row's sum, and `sums` [N] a row's sum of those. The sums of weights are [N], but where
-    all are the same [longest + 1], for each number of edges.
+    0 and 0 unless every row has an edge, every edge a node, and every weight lies between the `ordinary`
+    ones. Then `begins` and `into` are copies of `starts` [N + 1] and `nodes` [edges], `values` [edges] the
+    weights divided by their row's sum, and `sums` [N] a row's sum of those. The sums of weights are [N], but
+    where all are the same [longest + 1], for each number of edges.
     """
     least, most = ordinary
     lengths = _copied(starts, nodes, begins, into)
@@ -169,13 +169,51 @@ def normalised(
     return lengths, False, degree
 
 
-@compiled
 def by_length(begins: Any, table: Any) -> Any:
     """What a table says of each row by its number of edges."""
-    found = np.empty(len(begins) - 1, table.dtype)
+    (found,) = block((len(begins) - 1, table.dtype))
+    _by_length(begins, table, found)
+    return found
+
+
+@compiled
+def _by_length(begins: Any, table: Any, found: Any) -> None:
+    """Fills `found` with it."""
     for i in range(uint64(len(found))):
         found[i] = table[uint64(begins[i + uint64(1)]) - uint64(begins[i])]
+
+
+def alone(starts: Any, nodes: Any, values: Any, y: Any, across: bool) -> Any:
+    """P y of one signal [N], or Pᵀ y `across`, in float64, with the bits of scipy's.
+
+    In memory that was touched before, which is most of what scipy's takes longer.
+    """
+    (found,) = block((len(y), np.float64))
+    (_across if across else _along)(starts, nodes, values, y, found)
     return found
+
+
+@compiled
+def _along(starts: Any, nodes: Any, values: Any, y: Any, found: Any) -> None:
+    """P y into `found`."""
+    e = uint64(0)
+    for i in range(uint64(len(found))):
+        total, last = 0.0, uint64(starts[i + uint64(1)])
+        while e < last:
+            total += values[e] * y[uint64(nodes[e])]
+            e += uint64(1)
+        found[i] = total
+
+
+@compiled
+def _across(starts: Any, nodes: Any, values: Any, y: Any, found: Any) -> None:
+    """Pᵀ y into `found`."""
+    e, found[:] = uint64(0), 0
+    for i in range(uint64(len(found))):
+        leaving, last = y[i], uint64(starts[i + uint64(1)])
+        while e < last:
+            found[uint64(nodes[e])] += values[e] * leaving
+            e += uint64(1)
 
 
 @compiled
@@ -190,7 +228,6 @@ def equal(starts: Any, values: Any) -> bool:
     return True
 
 
-@compiled
 def symmetric(starts: Any, nodes: Any, weights: Any) -> bool:
     """Whether every edge has a mirror image of the very same weight, for rows in the order of their nodes.
 
@@ -198,9 +235,16 @@ def symmetric(starts: Any, nodes: Any, weights: Any) -> bool:
     each row in this order too, so one place a row tells which comes next. Where these places end with their
     rows, every edge is the image of one; and those that are the image of their own image mirror each other.
     """
-    count, edges = uint64(len(starts) - 1), uint64(len(nodes))
-    place, image = starts[:-1].copy(), np.empty(edges, starts.dtype)
-    first = uint64(0)
+    place, image = block((len(starts) - 1, starts.dtype), (len(nodes), starts.dtype))
+    return bool(_symmetric(starts, nodes, weights, place, image))
+
+
+@compiled
+def _symmetric(starts: Any, nodes: Any, weights: Any, place: Any, image: Any) -> bool:
+    """`symmetric`, in memory for these places, [N], and for the images, [edges]."""
+    count, edges, first = uint64(len(place)), uint64(len(nodes)), uint64(0)
+    for i in range(count):
+        place[i] = starts[i]
     while first < edges:
         last, wrong = min(first + uint64(PART), edges), False
         for e in range(first, last):
@@ -234,15 +278,15 @@ def _lowest(typing: Any, bits: Any) -> Any:
 
 
 @compiled
-def _by_degree(starts: Any) -> tuple[Any, Any]:
-    """The words of nodes with the largest degrees first, those of one degree as they stand, uint64 [N].
+def _by_degree(starts: Any, found: Any) -> Any:
+    """Fills `found` with the words of nodes, largest degrees first, those of one degree as they stand.
 
-    And where those end that have as many edges as any has, one less, ..., none.
+    Where they end that have as many edges as any has, one less, ..., none.
     """
     count, longest = uint64(len(starts) - 1), uint64(0)
     for i in range(count):
         longest = max(longest, uint64(starts[i + uint64(1)]) - uint64(starts[i]))
-    place, found = np.zeros(longest + uint64(2), np.uint32), np.empty(count, np.uint64)
+    place = np.zeros(longest + uint64(2), np.uint32)
     for i in range(count):
         place[longest + uint64(1) + uint64(starts[i]) - uint64(starts[i + uint64(1)])] += np.uint32(1)
     for shorter in range(longest):
@@ -251,23 +295,19 @@ def _by_degree(starts: Any) -> tuple[Any, Any]:
         shorter = longest + uint64(starts[i]) - uint64(starts[i + uint64(1)])
         found[uint64(place[shorter])] = uint64(starts[i]) << uint64(HALF) | i
         place[shorter] += np.uint32(1)
-    return found, place[:-1]
+    return place[:-1]
 
 
 @compiled
-def _coloured(nodes: Any, order: Any, ends: Any) -> tuple[Any, Any, Any, Any]:
-    """The colours of nodes by their order, uint8 [N]: the first that no neighbour before has.
+def _coloured(nodes: Any, order: Any, ends: Any, colours: Any, bit: Any, beyond: Any) -> Any:
+    """Fills the colours of nodes by their order, uint8 [N]: the first that no neighbour before has.
 
-    And how many have each; by node, colours below `OTHER`, else `OTHER`; and by node, colours from there on,
-    else 0.
+    And by node, colours below `OTHER`, else `OTHER`, into `bit`; colours from there on, else 0, into
+    `beyond`. How many have each.
     """
     count, longest = uint64(len(order)), uint64(len(ends)) - uint64(1)
-    colours, numbers = np.empty(count, np.uint8), np.zeros(COLOURS, np.uint64)
-    bit, beyond, taken = (
-        np.full(count, OTHER, np.uint8),
-        np.zeros(count, np.uint8),
-        np.empty(COLOURS, np.bool_),
-    )
+    numbers, taken = np.zeros(COLOURS, np.uint64), np.empty(COLOURS, np.bool_)
+    bit[:], beyond[:] = OTHER, 0
     a = uint64(0)
     for shorter in range(longest + uint64(1)):
         degree, end = longest - shorter, uint64(ends[shorter])
@@ -291,10 +331,9 @@ def _coloured(nodes: Any, order: Any, ends: Any) -> tuple[Any, Any, Any, Any]:
             colours[a] = found
             numbers[found] += uint64(1)
             a += uint64(1)
-    return colours, numbers, bit, beyond
+    return numbers
 
 
-@compiled
 def ordered(starts: Any, nodes: Any) -> Any:
     """Nodes by colour, within one the largest degrees first, of these those with most edges back; [N] uint32.
 
@@ -304,15 +343,34 @@ def ordered(starts: Any, nodes: Any) -> Any:
     triangles follow each other, so that its branches are foreseen, which is worth up to half of its time; and
     the hubs, which all others read, lie together.
     """
-    order, ends = _by_degree(starts)
-    colours, numbers, bit, beyond = _coloured(nodes, order, ends)
-    count, longest, most = uint64(len(order)), uint64(len(ends)) - uint64(1), uint64(colours.max())
-    found, lined = np.empty(count, np.uint32), np.empty(count, np.uint64)
+    count, words, colours = len(starts) - 1, np.uint64, np.uint8
+    (found,) = block((count, np.uint32))
+    room = block(*((count, kind) for kind in (words, words, np.uint32, colours, colours, colours)))
+    _ordered(starts, nodes, found, *room)
+    return found
+
+
+@compiled
+def _ordered(
+    starts: Any,
+    nodes: Any,
+    found: Any,
+    order: Any,
+    lined: Any,
+    onward: Any,
+    colours: Any,
+    bit: Any,
+    beyond: Any,
+) -> None:
+    """Fills `found` with the nodes in order; all others are memory, [N]."""
+    ends = _by_degree(starts, order)
+    numbers = _coloured(nodes, order, ends, colours, bit, beyond)
+    longest, most = uint64(len(ends)) - uint64(1), uint64(colours.max())
     # Of each colour, where the next goes, and where those of one degree begin.
     places = np.cumsum(numbers) - numbers
     begins = places.copy()
-    # Edges to later colours; `place`, by how many there are, is 0 before and after.
-    onward, place = np.empty(count, np.uint32), np.zeros(longest + uint64(2), np.uint32)
+    # By how many edges to later colours there are: 0 before and after.
+    place = np.zeros(longest + uint64(2), np.uint32)
     a = uint64(0)
     for shorter in range(longest + uint64(1)):
         degree, end = longest - shorter, uint64(ends[shorter])
@@ -346,4 +404,3 @@ def ordered(starts: Any, nodes: Any) -> Any:
                 place[k] += np.uint32(1)
             for k in range(degree + uint64(2)):
                 place[k] = 0
-    return found

@@ -532,6 +532,11 @@ class SparseTransition(Transition):
         total = self.jump.detach().to(sums.dtype).sum(-1)[..., None, None]
         return torch.where(self._pattern.open_ends.unsqueeze(-1), total, sums)
 
+    @cached_property
+    def largest_row_sum(self) -> Tensor:
+        """The largest row sum, [..., 1, 1]."""
+        return self.row_sums.amax(-2, keepdim=True)
+
     def rounding(self, dtype: torch.dtype) -> float:
         """Of the longest sum: the edges of a row or a column, or a jump, which reaches every node."""
         longest = self._pattern.longest
@@ -580,6 +585,10 @@ class SparseTransition(Transition):
         elif transposed and torch.get_num_threads() == 1 and _compiled_product(self.values, y):
             rows = self.indptr, self.indices, self.values
             product = _edges().transposed(*rows, y.detach())
+        elif _scipy_is_fastest(self.values, y) and y.shape[1] == 1 and _worth_compiling(len(self.values)):
+            edges = (x.detach().contiguous().numpy() for x in (self.indptr, self.indices, self.values))
+            signal = y.detach().reshape(-1).contiguous().numpy()
+            product = torch.from_numpy(_compiled().alone(*edges, signal, transposed)).unsqueeze(-1)
         elif _scipy_is_fastest(self.values, y) and not _compiled_product(self.values, y):
             matrix = self._transposed_matrix if transposed else self._matrix
             product = torch.from_numpy(matrix @ y.detach().numpy())
@@ -971,7 +980,7 @@ def _compiled_walk(
         return None
     indptr, indices, _, sums = found
     compared = None if alike else weight
-    symmetric = reversible is None and bool(_compiled().symmetric(indptr, indices, compared))
+    symmetric = reversible is None and _compiled().symmetric(indptr, indices, compared)
     walk = object.__new__(SparseTransition)
     log_degree = None
     if symmetric or reversible:

@@ -359,11 +359,10 @@ def _interval_norm(low: Tensor, high: Tensor, norm: Norm) -> Tensor:
 
 def reach_of(operator: Transition, mu: Tensor) -> Tensor:
     """µ·rowsum: node by node for rows; its largest, [..., 1, K], for columns."""
-    sums = operator.row_sums
-    if norm_of(operator) == "one":
-        mu = mu.amax(-2, keepdim=True) if mu.shape[-2] > 1 else mu
-        sums = sums.amax(-2, keepdim=True) if isinstance(sums, Tensor) else sums
-    return mu * sums
+    if norm_of(operator) == "inf":
+        return mu * operator.row_sums
+    mu = mu.amax(-2, keepdim=True) if mu.shape[-2] > 1 else mu
+    return mu * operator.largest_row_sum
 
 
 def remaining_of(operator: Transition, mu: Tensor) -> Tensor:
@@ -581,10 +580,18 @@ class _Best:
         self.nothing = rhs.new_zeros(()).expand_as(rhs)
         self.x, self.residual = self.nothing, rhs
         self.room, self.scratch = room, room.scratch
-        self.reach = reach_of(operator, mu)
-        remaining = (1 - self.reach).to(mu.dtype)
-        self.least = remaining.amin(-2, keepdim=True)
-        self.inverse = remaining.reciprocal_()
+        self.reach: Tensor
+        self.inverse: Tensor
+        self.least: Tensor
+        sums = operator.row_sums
+        alone = self.norm == "inf" and mu.ndim == 2 and mu.shape[-1] == 1
+        if alone and isinstance(sums, Tensor) and sums.ndim == 2 and _long(sums):
+            self.reach, self.inverse, self.least = _compiled().reached(mu, sums)
+        else:
+            self.reach = reach_of(operator, mu)
+            remaining = (1 - self.reach).to(mu.dtype)
+            self.least = remaining.amin(-2, keepdim=True)
+            self.inverse = remaining.reciprocal_()
         self.initial = initial
         known = self._compiled_evidence(operator, None)
         if known is None:
@@ -757,9 +764,7 @@ class _Best:
         """µ·rowsum, [..., 1 or N, 1 or K]: what of the bounds of e a walk passes on to each node."""
         if operator is self.operator and (self.norm == "inf" or self.mu.shape[-2] == 1):
             return self.reach.to(self.rhs.dtype)
-        sums = operator.row_sums
-        if self.norm == "one" and isinstance(sums, Tensor):
-            sums = sums.amax(-2, keepdim=True)
+        sums = operator.row_sums if self.norm == "inf" else operator.largest_row_sum
         return (self.mu * sums).to(self.rhs.dtype)
 
 

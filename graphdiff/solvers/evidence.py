@@ -14,6 +14,7 @@ import torch
 from numba import uint64
 from torch import Tensor
 
+from graphdiff.memory import empty
 from graphdiff.operators.compiled import compiled
 from graphdiff.operators.lanes import LINE, columns, larger, load, magnitude, store, zeros
 from graphdiff.operators.threads import pythons
@@ -245,6 +246,23 @@ def _narrowed(
     _narrowed_beside(_last(x), _last(residual), _last(reach), ends, *best, *places, 0, ONE)
 
 
+@compiled(error_model="numpy")
+def _reached(mu: Any, sums: Any, reach: Any, inverse: Any) -> Any:
+    """Fills µ·rowsum and 1 / (1 − µ·rowsum), [N, 1], for µ [1 or N, 1]; the least 1 − µ·rowsum, or nan."""
+    count = uint64(len(sums))
+    if len(mu) > 1:
+        for i in range(count):
+            reach[i, 0] = mu[i, 0] * sums[i, 0]
+    else:
+        for i in range(count):
+            reach[i, 0] = mu[0, 0] * sums[i, 0]
+    for i in range(count):
+        inverse[i, 0] = 1 / (1 - reach[i, 0])
+    most = np.empty((2, 1))
+    _sized(reach, False, most, 0, ONE)
+    return 1 - most[0, 0] + most[1, 0]
+
+
 @functools.lru_cache(64)
 def _parts(channels: int, threads: int) -> list[Any]:
     """Parts of the columns, enough for so many threads, but no narrower than a line of the cache if need be.
@@ -287,6 +305,14 @@ def sized(x: Tensor, summed: bool) -> Tensor | None:
     if found[:, 1].any():
         return None
     return torch.from_numpy(found[:, 0].reshape(*x.shape[:-2], 1, channels))
+
+
+def reached(mu: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """µ·rowsum and 1 / (1 − µ·rowsum), [N, 1], and the least 1 − µ·rowsum, [1, 1], for µ [1 or N, 1]."""
+    reach, inverse = empty((2, *sums.shape), sums).unbind()
+    arrays = (np.ascontiguousarray(x.numpy()) for x in (mu, sums))
+    least = _reached(*arrays, reach.numpy(), inverse.numpy())
+    return reach, inverse, sums.new_full((1, 1), least)
 
 
 def judged(

@@ -179,10 +179,9 @@ class SSOR(Solver):
 
 def each_mu(operator: Transition, mu: Tensor) -> Iterator[tuple[Any, Any]]:
     """µ and 1 − µ·rowsum as arrays [N], for each of µ's leading dimensions and channels, in their order."""
-    nodes, summed, sums = operator.shape[-1], operator.stochastic == "columns", operator.row_sums
-    if isinstance(sums, Tensor):
-        sums = sums.squeeze(-1).numpy()
-        sums = sums.max() if summed else sums
+    nodes, summed = operator.shape[-1], operator.stochastic == "columns"
+    found = operator.largest_row_sum if summed else operator.row_sums
+    sums: Any = found.reshape(-1).numpy() if isinstance(found, Tensor) else found
     for m in mu.mT.reshape(-1, mu.shape[-2]).double().numpy():
         one, rest = _sweeps().block((nodes, np.float64), (nodes, np.float64))
         if summed:
@@ -378,9 +377,7 @@ class _Block:
         self.factor = found.bound
         # In Python's numbers: each call of torch would take as long as hundreds of edges.
         if self.summed:
-            sums = operator.row_sums
-            most = float(sums.amax()) if isinstance(sums, Tensor) else sums
-            self.factor = 1 / (1 - found.largest * most)
+            self.factor = 1 / (1 - found.largest * float(operator.largest_row_sum))
         root = math.sqrt(1 + found.largest * found.largest / (1 - found.largest))
         self.rate = (root - 1) / (root + 1)
         self.often = min(max(3 * _steps_to(FALLEN, 1.0, self.rate) // 4, 1), MOST)
