@@ -1,5 +1,6 @@
 """y = (1 − µ)(I − µP)⁻¹ s: `solve` with its evidence, `diffuse` for the value, `solve_path` for many µ."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -127,7 +128,6 @@ def solve_scaled(
     checks.same_dtype(signal, "s", P.dtype, "P")
     checks.same_device(signal, "s", P.device, "P")
     signal = checks.real(signal, P.mask)
-    checks.finite(signal, "s")
     P.check_finite()
     mu = checks.mu(mu, signal.shape, P.device)
     tol = checks.positive_number(tol, "tol") if tol is not None else default_tol(s.dtype)
@@ -146,6 +146,8 @@ def solve_scaled(
             )
 
     norm = norm_of(P)
+    if 0 in batch or P.restarts:
+        checks.finite(signal, "s")
     if 0 in batch:
         return _solve_none(P, s, signal.expand(shape), mu, norm)
     if P.restarts:
@@ -167,7 +169,10 @@ def solve_scaled(
     wide = torch.float32 if P.device.type == "mps" else torch.float64
     seed, mu = signal.to(wide).expand(shape), mu.to(wide)
     room = empty(shape, seed)
-    atol = tol * size(seed.detach(), norm, room)
+    sizes = size(seed.detach(), norm, room)
+    if not math.isfinite(float(sizes.sum())):
+        checks.finite(signal, "s")
+    atol = tol * sizes
     start = (seed if initial is None else initial.to(wide).expand(shape)).detach()
     target = atol
     if scaling is not None:

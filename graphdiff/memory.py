@@ -50,6 +50,8 @@ def _keep(address: int, piece: Any) -> None:
     if len(piece) > KEPT:
         return
     _kept[address] = piece
+    if len(_kept) <= MOST and sum(map(len, list(_kept.values()))) <= KEPT:
+        return
     pieces = list(_kept.items())
     count, total = len(pieces), sum([len(each) for _, each in pieces])
     for place, each in pieces:

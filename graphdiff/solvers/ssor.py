@@ -330,33 +330,26 @@ def advanced(
     `renew` computes those of a mask of signals anew, and says what the products and bounds are then. Who
     is in it depends on each signal alone and on the count of steps.
     """
-    active, steps, product, bound, known, target, limit, turn = watched
-    width, renewals = place[1].stop - place[1].start, np.zeros_like(steps)
+    active, steps, _, bound, known, target, _, _ = watched
+    sweeps, width, renewals = _sweeps(), place[1].stop - place[1].start, np.zeros_like(steps)
+    going, anew = np.empty_like(active), np.empty_like(active)
     most = 1 if done.asked else most
     # Steps since the start, but for those that nobody took before the residual's turn.
     passed, on = 0, True
     while on:
-        # Who came to the target from too far away is only believed to be there.
-        doubted = ~active & (bound <= target) & (known > FAR * target) & (often is not None)
-        going = active | doubted
-        done.active[place], done.steps[place] = going[:width], steps[:width]
-        done.bound[place], done.renewals[place] = bound[:width], renewals[:width]
-        on = (not done.asked or not steps.any() or done.going_on()) and bool(going.any())
+        far = FAR if often else np.inf
+        on, moving, due = sweeps.looked(active, bound, known, target, far, LESS, going, anew)
         on = on and not done.limits.budget.timed_out
-        if often and not active.any():
+        if done.asked or not on:
+            done.active[place], done.steps[place] = going[:width], steps[:width]
+            done.bound[place], done.renewals[place] = bound[:width], renewals[:width]
+        if done.asked and steps.any():
+            on = done.going_on() and on
+        if often and not moving:
             passed = -(-passed // often) * often
-        anew = doubted | active & (bound < LESS * known) & (known > FAR * target)
-        if on and often and passed % often == 0 and anew.any():
-            found, size = renew(anew)
-            with np.errstate(all="ignore"):
-                ratio = found / product
-            # Where float32 had gone far astray the direction is worth nothing; who stopped has lost it.
-            kept = active & (ratio > 0.5) & (ratio < 2)
-            turn[0, anew] *= np.where(kept, ratio, 0)[anew]
-            product[anew], bound[anew], known[anew] = found[anew], size[anew], size[anew]
-            renewals[anew] += 1
-            active[anew] = ((bound > target) & (steps < limit))[anew]
-        if on and active.any():
+        if on and often and passed % often == 0 and due:
+            moving = sweeps.told(anew, *renew(anew), tuple(watched), renewals)
+        if on and moving:
             some = min(most, often - passed % often) if often else most
             advance(some)
             passed += some
@@ -401,20 +394,15 @@ class _Block:
         x.fill(0)
         # What is left of other signals may be no number.
         p.fill(0)
-        turn, step, mask = (np.zeros((1, self.width), x.dtype) for _ in range(3))
-        size, sums = np.ones(self.width), np.zeros((2, self.width))
-        started, summed = sweeps.sized(given, start, size, lanes), self.summed
-        unit, weights = (1 / size).reshape(1, -1), (triangles.weights, summed)
-        sweeps.begun(self.nodes, start, unit, y, summed, lanes)
-        share = np.ones((1, self.width))
-        if started:
-            sweeps.fitted(triangles.rows, self.nodes, given, unit, y, summed, share, lanes)
-
-        def residual(into: Any, started: bool) -> None:
-            sweeps.residual(triangles.rows, self.nodes, given, unit, y, share, started, into, summed, lanes)
-            sweeps.lowered(triangles.lower, into, *weights, sums, lanes)
-
-        residual(r, started)
+        turn, step, mask = np.zeros((3, 1, self.width), x.dtype)
+        size, (unit, share), sums = (
+            np.ones(self.width),
+            np.ones((2, 1, self.width)),
+            np.zeros((2, self.width)),
+        )
+        summed, weights = self.summed, (triangles.weights, self.summed)
+        system = triangles.rows, self.nodes, triangles.lower, *weights, given
+        sweeps.opened(*system, start, size, unit, y, share, r, sums, lanes)
         factor, square = size * self.factor, sums[0].copy()
         target = np.full(self.width, np.inf)
         target[:width] = done.target[place]
@@ -436,10 +424,7 @@ class _Block:
 
         def renew(anew: Any) -> tuple[Any, Any]:
             mask[0] = anew
-            sweeps.gathered(self.nodes, mask, share, x, y, lanes)
-            share[mask != 0] = 1
-            residual(w, True)
-            sweeps.taken(mask, w, r, lanes)
+            sweeps.renewed(*system, unit, y, share, mask, x, w, r, sums, lanes)
             found = sums[1] * factor
             halved[anew], halved_at[anew] = found[anew], steps[anew]
             return sums[0], found

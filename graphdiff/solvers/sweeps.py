@@ -46,11 +46,15 @@ __all__ = [
     "in_groups",
     "iterated",
     "left",
+    "looked",
     "lowered",
+    "opened",
+    "renewed",
     "residual",
     "sized",
     "split",
     "taken",
+    "told",
 ]
 
 # Rows of a group, and the number of edges with which a row belongs to none.
@@ -261,6 +265,100 @@ def taken(mask: Any, w: Any, r: Any, lanes: Any) -> None:
     chosen = load(mask, uint64(0), lanes)
     for a in range(uint64(len(r))):
         store(r, a, where(chosen, load(w, a, lanes), load(r, a, lanes)))
+
+
+@compiled(error_model="numpy")
+def opened(
+    rows: Any,
+    nodes: Any,
+    lower: Any,
+    weights: Any,
+    summed: bool,
+    given: Any,
+    start: Any,
+    size: Any,
+    unit: Any,
+    y: Any,
+    share: Any,
+    r: Any,
+    sums: Any,
+    lanes: Any,
+) -> None:
+    """Where a line begins: its size and unit, y and its share, and r with its `sums`."""
+    begins = sized(given, start, size, lanes)
+    for k in range(len(size)):
+        unit[0, k] = 1 / size[k]
+    begun(nodes, start, unit, y, summed, lanes)
+    if begins:
+        fitted(rows, nodes, given, unit, y, summed, share, lanes)
+    residual(rows, nodes, given, unit, y, share, begins, r, summed, lanes)
+    lowered(lower, r, weights, summed, sums, lanes)
+
+
+@compiled
+def renewed(
+    rows: Any,
+    nodes: Any,
+    lower: Any,
+    weights: Any,
+    summed: bool,
+    given: Any,
+    unit: Any,
+    y: Any,
+    share: Any,
+    mask: Any,
+    x: Any,
+    w: Any,
+    r: Any,
+    sums: Any,
+    lanes: Any,
+) -> None:
+    """The residual in float64 of all that was found, with its `sums`, into r where the mask is not 0."""
+    gathered(nodes, mask, share, x, y, lanes)
+    for k in range(len(lanes)):
+        if mask[0, k] != 0:
+            share[0, k] = 1.0
+    residual(rows, nodes, given, unit, y, share, True, w, summed, lanes)
+    lowered(lower, w, weights, summed, sums, lanes)
+    taken(mask, w, r, lanes)
+
+
+# --- how far signals are, each with a place in arrays [W]
+
+
+@compiled
+def looked(
+    active: Any, bound: Any, known: Any, target: Any, far: float, less: float, going: Any, anew: Any
+) -> tuple[bool, bool, bool]:
+    """Fills who is `going` on and whose residual is due `anew`; whether anybody goes on, is active, is due.
+
+    Who came to the target from too `far` away is only believed to be there.
+    """
+    on = moving = due = False
+    for k in range(len(active)):
+        distant = known[k] > far * target[k]
+        doubted = not active[k] and bound[k] <= target[k] and distant
+        going[k] = active[k] or doubted
+        anew[k] = doubted or (active[k] and bound[k] < less * known[k] and distant)
+        on, moving, due = on or going[k], moving or active[k], due or anew[k]
+    return on, moving, due
+
+
+@compiled(error_model="numpy")
+def told(anew: Any, found: Any, size: Any, watched: Any, renewals: Any) -> bool:
+    """Takes the products and bounds that were found `anew`; whether anybody is active then."""
+    active, steps, product, bound, known, target, limit, turn = watched
+    moving = False
+    for k in range(len(active)):
+        if anew[k]:
+            ratio = found[k] / product[k]
+            # Where float32 had gone far astray the direction is worth nothing; who stopped has lost it.
+            turn[0, k] *= ratio if active[k] and 0.5 < ratio < 2 else 0.0
+            product[k], bound[k], known[k] = found[k], size[k], size[k]
+            renewals[k] += 1
+            active[k] = bound[k] > target[k] and steps[k] < limit[k]
+        moving = moving or active[k]
+    return moving
 
 
 @compiled
