@@ -117,8 +117,7 @@ def square(x: Tensor, name: str) -> None:
 
 def signal(s: object, nodes: int, name: str = "s") -> Tensor:
     """A signal as [..., N, K]; [N] becomes [N, 1]."""
-    s = floating(s, name)
-    given = shape_text(s)
+    given = s = floating(s, name)
     if s.ndim == 1:
         s = s.unsqueeze(-1)
     if s.ndim == 0 or s.shape[-1] == 0 or s.shape[-2] != nodes:
@@ -128,7 +127,8 @@ def signal(s: object, nodes: int, name: str = "s") -> Tensor:
         elif s.ndim > 2 and s.shape[-2] * s.shape[-1] == nodes:
             what = f"; maps [..., K, H, W] are a signal as {name}.flatten(-2).mT"
         raise ValueError(
-            f"{name}: expected shape [..., N, K] or [N] with N = {nodes} nodes and K ≥ 1, got {given}{what}"
+            f"{name}: expected shape [..., N, K] or [N] with N = {nodes} nodes and K ≥ 1, got "
+            f"{shape_text(given)}{what}"
         )
     return s
 

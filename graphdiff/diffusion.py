@@ -170,7 +170,7 @@ def solve_scaled(
     seed, mu = signal.to(wide).expand(shape), mu.to(wide)
     room = empty(shape, seed)
     sizes = size(seed.detach(), norm, room)
-    if not math.isfinite(float(sizes.sum())):
+    if not all(map(math.isfinite, sizes.flatten().tolist())):
         checks.finite(signal, "s")
     atol = tol * sizes
     start = (seed if initial is None else initial.to(wide).expand(shape)).detach()

@@ -252,7 +252,8 @@ class SparseTransition(Transition):
         dtype = checks.floating_dtype(dtype, own)
         walk = _compiled_walk(A, reversible, dtype, device)
         if walk is not None:
-            _jump(dangling, walk.indices[:0], A.shape[0], dtype, walk.device)
+            if not isinstance(dangling, str) or dangling != "self":
+                _jump(dangling, walk.indices[:0], A.shape[0], dtype, walk.device)
             return walk
         rows = _ordinary_rows(A, device)
         if rows is not None:

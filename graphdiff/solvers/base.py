@@ -543,7 +543,8 @@ def _solve_some(
         # What is left above the target is the certificate's own rounding: make room for it.
         target = 0.1 * target
     x = best.x.contiguous()  # which may be one 0 for all nodes
-    evidence = best.lower, best.upper, best.bound, best.rounding, steps, best.matvecs
+    bounds = best.lower.expand_as(rhs), best.upper.expand_as(rhs)
+    evidence = *bounds, best.bound, best.rounding, steps, best.matvecs
     return Certified(x, *evidence, best.product)
 
 
@@ -598,8 +599,8 @@ class _Best:
             b_size = size(rhs, self.norm, self.scratch)
             known = self._concluded(*self._interval(rhs, b_size), b_size, 0.0)
         self.rhs_size, self.bound, self.rounding = known.size, known.bound, known.rounding
-        self.lower = (known.low - known.extra).expand_as(rhs)
-        self.upper = (known.high + known.extra).expand_as(rhs)
+        # One number for all nodes, until a solver was asked.
+        self.lower, self.upper = known.low - known.extra, known.high + known.extra
         self.untouched = self.bound > allowed
         self.matvecs = torch.zeros(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
         self.precise = {operator.dtype: operator}
@@ -671,11 +672,7 @@ class _Best:
         # reach·(low − extra) − (1 − reach)·extra is reach·low − extra.
         reach, places = self._reach(operator), (self.room.lower, self.room.upper)
         if compiled and asked is None:
-            # The first bounds are one number for all nodes.
-            best = [self.lower, self.upper]
-            if self.lower is not places[0]:
-                best = [bound[..., :1, :] for bound in best]
-            _compiled().narrowed(x, residual, reach, known[:3], best, places)
+            _compiled().narrowed(x, residual, reach, known[:3], (self.lower, self.upper), places)
             self.lower, self.upper = places
             return
         walked, ends = torch.add(x, residual, out=self.scratch), []

@@ -158,6 +158,27 @@ def _concluded(told: Any, inverse: Any, known: Any, summed: bool, units: Any) ->
 
 
 @compiled
+def _judged_alone(
+    b: Any,
+    walked: Any,
+    x: Any,
+    residual: Any,
+    mu: Any,
+    inverse: Any,
+    started: bool,
+    known: tuple[float, float],
+    summed: bool,
+    units: Any,
+    found: Any,
+) -> Any:
+    """All of `judged` for a signal alone, into `found` [6, 1]."""
+    _judged(b, walked, x, residual, mu, inverse, started, summed, found, 0, ONE)
+    told = np.empty((2, 1))
+    told[0, 0], told[1, 0] = known
+    return _concluded(found, inverse, told, summed, units)
+
+
+@compiled
 def _sized_beside(x: Any, summed: bool, found: Any, first: int, lanes: Any) -> None:
     """Columns of max |x| from the `first` on, if `summed` of Σ |x|, and below them 0 or nan as `_judged`."""
     signals, told = x[:, first : first + len(lanes)], found[:, first : first + len(lanes)]
@@ -297,8 +318,17 @@ def _arrays(x: Tensor) -> Any:
     return np.ascontiguousarray(numbers.reshape(-1, *numbers.shape[-2:]))
 
 
+def _alone(x: Tensor) -> Any:
+    """[N, 1], whose numbers lie beside each other."""
+    return np.ascontiguousarray(x.numpy())
+
+
 def sized(x: Tensor, summed: bool) -> Tensor | None:
     """The maximum norm of each signal, or the 1-norm, [..., 1, K]; None where a number is not finite."""
+    if x.ndim == 2 and x.shape[1] == 1:
+        found = np.empty((2, 1))
+        _sized(_alone(x), summed, found, 0, ONE)
+        return torch.from_numpy(found[:1]) if found[1, 0] == 0 else None
     vectors, channels = _arrays(x), x.shape[-1]
     found = np.empty((len(vectors), 2, channels))
     _measured(_sized, [(vector,) for vector in vectors], (summed,), found)
@@ -332,6 +362,14 @@ def judged(
     """
     batch, channels = b.shape[:-2], b.shape[-1]
     mu, *others = (inverse,) if started is None else started
+    if channels == 1 and not batch:
+        signal, scale = _alone(b), _alone(inverse)
+        vectors = [_alone(x) for x in others] or [signal] * 3
+        numbers = float(known[0]), 0.0 if known[1] is None else float(known[1])
+        told = np.empty((FOUND, 1))
+        rest = bool(others), numbers, summed, units, told
+        fine = _judged_alone(signal, *vectors, _alone(mu), scale, *rest)
+        return torch.from_numpy(told.reshape(FOUND, 1, 1)).unbind(0) if fine else None
     factors = [x.expand(*batch, *x.shape[-2:]) if batch else x for x in (mu, inverse)]
     arrays = [_arrays(x) for x in (b, *others, *factors)]
     arrays[1:1] = [] if others else [arrays[0]] * 3
@@ -361,6 +399,11 @@ def narrowed(
     `reach` is [..., 1 or N, 1 or K], the `ends` are low, high and extra of the evidence, [..., 1, K].
     """
     batch = x.shape[:-2]
+    if x.shape[-1] == 1 and not batch:
+        told = np.array([[float(end)] for end in ends])
+        arrays = [_alone(v) for v in (x, residual, reach, *best, *into)]
+        _narrowed(*arrays[:3], told, *arrays[3:], 0, ONE)
+        return
     if batch:
         reach = reach.expand(*batch, *reach.shape[-2:])
     told = np.concatenate([_arrays(end) for end in ends], 1)

@@ -181,14 +181,13 @@ def each_mu(operator: Transition, mu: Tensor) -> Iterator[tuple[Any, Any]]:
     """µ and 1 − µ·rowsum as arrays [N], for each of µ's leading dimensions and channels, in their order."""
     nodes, summed = operator.shape[-1], operator.stochastic == "columns"
     found = operator.largest_row_sum if summed else operator.row_sums
-    sums: Any = found.reshape(-1).numpy() if isinstance(found, Tensor) else found
+    sums = found.reshape(-1).numpy() if isinstance(found, Tensor) else np.array([found])
     for m in mu.mT.reshape(-1, mu.shape[-2]).double().numpy():
         one, rest = _sweeps().block((nodes, np.float64), (nodes, np.float64))
         if summed:
             one[:], rest[:] = m, 1 - m.max() * sums
         else:
-            one[:] = m
-            np.subtract(1.0, np.multiply(one, sums, out=rest), out=rest)
+            _sweeps().spread(m, sums, one, rest)
         yield one, rest
 
 
@@ -272,7 +271,7 @@ def sweep_all(
     """
     *batch, nodes, channels = tensors[-1].shape
     mus = np.arange(mu.numel() // mu.shape[-2]).reshape(*mu.shape[:-2], mu.shape[-1])
-    which = np.broadcast_to(mus, (*batch, channels)).reshape(math.prod(batch), channels)
+    which = (mus + np.zeros((*batch, channels), int)).reshape(math.prod(batch), channels)
     lines = lines_of(which, mu.shape[-1], nodes, sizes)
     # Of an expanded tensor all columns are one, where the sweeps look for several beside each other.
     wide = [t.expand_as(tensors[-1]).reshape(-1, nodes, channels).contiguous() for t in tensors[:-1]]

@@ -53,6 +53,7 @@ __all__ = [
     "residual",
     "sized",
     "split",
+    "spread",
     "taken",
     "told",
 ]
@@ -119,6 +120,21 @@ def grouped(starts: Any, nodes: Any, values: Any, runs: Any) -> Any:
 
 
 # --- a block of signals
+
+
+@compiled
+def spread(mu: Any, sums: Any, one: Any, rest: Any) -> None:
+    """Fills µ and 1 − µ·rowsum [N], for µ and rowsum [1 or N]."""
+    if len(mu) == 1:
+        one[:] = mu[0]
+    else:
+        one[:] = mu
+    if len(sums) == 1:
+        rest[:] = sums[0]
+    else:
+        rest[:] = sums
+    for i in range(uint64(len(one))):
+        rest[i] = 1 - one[i] * rest[i]
 
 
 @compiled
