@@ -1,7 +1,7 @@
 """The evidence of an answer, and the bounds of x* node by node, in one pass over the vectors each, compiled.
 
-Sums go node after node, for each signal by itself, so that its bits depend on no other; maxima and what is
-done to each node alone have the same bits in any order.
+Sums go node after node, each to the next of four parts, for each signal by itself, so that its bits depend on
+no other; maxima and what is done to each node alone have the same bits in any order.
 
 This file is read where numba is installed, and compiled when it is first used.
 """
@@ -86,7 +86,7 @@ def _judged_beside(
         scale = inverse[:, first:last]
     nothing = zeros(lanes)
     up = down = most = nothing if summed else nothing - np.inf
-    odd = nothing
+    up1 = up2 = up3 = down1 = down2 = down3 = most1 = most2 = most3 = odd = nothing
     for i in range(uint64(len(right))):
         r = y = load(right, i, lanes)
         if started:
@@ -94,11 +94,20 @@ def _judged_beside(
             r = r + _times(load(product, i, lanes), rate, i, lanes) - y
             store(left, i, r)
         if summed:
-            up, down, most = up + r, down + magnitude(r), most + magnitude(y)
+            up, up1, up2, up3 = up1, up2, up3, up + r
+            down, down1, down2, down3 = down1, down2, down3, down + magnitude(r)
+            most, most1, most2, most3 = most1, most2, most3, most + magnitude(y)
         else:
             q = _times(r, scale, i, lanes)
             up, down, most = larger(q, up), larger(nothing - q, down), larger(magnitude(y), most)
-        odd = odd + (r - r)
+            odd = odd + (r - r)
+    if summed:
+        up, down, most = (
+            (up + up1) + (up2 + up3),
+            (down + down1) + (down2 + down3),
+            (most + most1) + (most2 + most3),
+        )
+        odd = (down - down) + (most - most)
     store(told, uint64(0), up)
     store(told, uint64(1), down)
     store(told, uint64(2), most)
@@ -182,13 +191,17 @@ def _judged_alone(
 def _sized_beside(x: Any, summed: bool, found: Any, first: int, lanes: Any) -> None:
     """Columns of max |x| from the `first` on, if `summed` of Σ |x|, and below them 0 or nan as `_judged`."""
     signals, told = x[:, first : first + len(lanes)], found[:, first : first + len(lanes)]
-    most = odd = zeros(lanes)
+    most = most1 = most2 = most3 = odd = zeros(lanes)
     for i in range(uint64(len(signals))):
         y = load(signals, i, lanes)
-        most = most + magnitude(y) if summed else larger(magnitude(y), most)
-        odd = odd + (y - y)
+        if summed:
+            most, most1, most2, most3 = most1, most2, most3, most + magnitude(y)
+        else:
+            most = larger(magnitude(y), most)
+            odd = odd + (y - y)
+    most = (most + most1) + (most2 + most3)
     store(told, uint64(0), most)
-    store(told, uint64(1), odd)
+    store(told, uint64(1), odd + (most - most))
 
 
 @compiled

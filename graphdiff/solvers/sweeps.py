@@ -190,10 +190,15 @@ def lowered(lower: Any, r: Any, weights: Any, summed: bool, sums: Any, lanes: An
     store(sums, uint64(1), (b0 + b1) + (b2 + b3) if summed else larger(larger(b0, b1), larger(b2, b3)))
 
 
-@compiled
+@compiled(error_model="numpy")
 def begun(nodes: Any, start: Any, unit: Any, y: Any, summed: bool, lanes: Any) -> None:
     """The start [N, W] as y, in units of 1/`unit` [1, W]."""
     degree, scale = nodes[0], load(unit, uint64(0), lanes)
+    if len(lanes) == 1 and summed:
+        # Compilers put nodes beside each other of themselves, and divisions take long.
+        for i in range(uint64(len(degree))):
+            y[i, 0] = start[i, 0] * unit[0, 0] * (1 / degree[i])
+        return
     for i in range(uint64(len(degree))):
         store(y, i, wide(load(start, i, lanes)) * scale * (1 / degree[i] if summed else 1.0))
 
