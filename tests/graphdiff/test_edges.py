@@ -45,6 +45,32 @@ def test_products_have_the_bits_of_scipys(nodes, degree, channels, number):
     assert np.array_equal(edges.transposed(*rows, y), matrix.T @ y.numpy())
 
 
+@given(nodes=st.integers(1, 60), degree=st.integers(0, 5), number=st.sampled_from([torch.int32, torch.int64]))
+def test_products_of_a_signal_alone_have_the_bits_of_scipys(nodes, degree, number):
+    pytest.importorskip("graphdiff.operators.rows")
+    P, y = walk(nodes, degree, symmetric=False), signals(nodes, 1)
+    again = gd.SparseTransition(P.indptr.to(number), P.indices.to(number), P.values)
+    matrix, count = P.to_scipy(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for operator in (P, again):
+            assert np.array_equal(operator @ y, matrix @ y.numpy())
+            assert np.array_equal(operator.T @ y, matrix.T @ y.numpy())
+    finally:
+        torch.set_num_threads(count)
+
+
+@given(nodes=st.integers(1, 200), each=st.booleans(), seed=st.integers(0, 99))
+def test_what_a_walk_passes_on_is_what_torch_finds_in_more_passes(nodes, each, seed):
+    numbers = torch.Generator().manual_seed(seed)
+    sums = 1 + 1e-12 * torch.rand(nodes, 1, generator=numbers, dtype=torch.float64)
+    mu = 0.99 * torch.rand(nodes if each else 1, 1, generator=numbers, dtype=torch.float64)
+    reach, inverse, least = evidence.reached(mu, sums)
+    assert torch.equal(reach, mu * sums)
+    assert torch.equal(inverse, (1 - mu * sums).reciprocal())
+    assert torch.equal(least, (1 - mu * sums).amin(0, keepdim=True))
+
+
 @pytest.mark.parametrize(("count", "team"), [(1, True), (2, True), (3, False)])
 def test_a_walk_takes_them_and_no_threads_change_a_bit(count, team, monkeypatch):
     P, y = walk(3000), signals(3000, 11)

@@ -484,6 +484,28 @@ def test_steps_of_graphs_without_weights_are_equal_and_of_others_are_looked_at()
     assert found == [False, True, True, True, False]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("least", [-600.0, -0.5])
+def test_degrees_of_graphs_without_weights_have_the_bits_of_others(dtype, least):
+    pytest.importorskip("graphdiff.operators.rows")
+    A = sp.random_array((80, 80), density=0.05, rng=np.random.default_rng(0)).tocsr()
+    A = ((A + A.T + sp.eye_array(80)) != 0).astype("f8").tocsr() * 3
+    plain = gd.SparseTransition.from_scipy(A, dtype=dtype)
+    again = gd.SparseTransition(plain.indptr, plain.indices, plain.values, log_degree=plain.log_degree)
+    (degree, lowest), expected = plain.relative_degrees(least), again.relative_degrees(least)
+    assert np.array_equal(degree, expected[0])
+    assert lowest == expected[1]
+    exact = A.sum(1) / A.sum(1).max()
+    np.testing.assert_allclose(degree, exact.clip(min=np.exp(least)), rtol=1e-6)
+    np.testing.assert_allclose(lowest, np.log(exact).min(), rtol=1e-6)
+    np.testing.assert_allclose(plain.T.relative_degrees(-600.0)[0], exact.min() / exact, rtol=1e-5)
+
+
+def test_degrees_of_a_walk_that_is_not_reversible_are_refused():
+    with pytest.raises(TypeError, match=r"not known to be reversible"):
+        from_edges(EDGES, WEIGHT).relative_degrees(-600.0)
+
+
 @given(sparse_or_crowded(), st.sampled_from(["i4", "i8"]))
 def test_the_order_to_sweep_in_is_by_colour_degree_and_edges_ahead(A, integers):
     rows = pytest.importorskip("graphdiff.operators.rows")
