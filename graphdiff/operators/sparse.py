@@ -80,8 +80,8 @@ class SparseTransition(Transition):
     entrywise = True
     _degrees_by_length: Any = None
     """Where edges all have one weight: log d by a row's number of edges, and the least of these numbers."""
-    _finite = False
-    """Whether its numbers are known to be finite."""
+    _ordinary = False
+    """Whether it was made of ordinary weights, so that its numbers are finite."""
 
     def __post_init__(self) -> None:
         indptr, indices = checks.integers(self.indptr, "indptr"), checks.integers(self.indices, "indices")
@@ -677,7 +677,7 @@ class SparseTransition(Transition):
 
     def relative_degrees(self, least: float) -> tuple[Any, float]:
         """As of any reversible operator, to the bit."""
-        if self._degrees_by_length is None:
+        if self._degrees_by_length is None or not self._as_made:
             return super().relative_degrees(least)
         log_degree, fewest = self._degrees_by_length
         log_weight = log_degree - log_degree[-1]
@@ -686,8 +686,13 @@ class SparseTransition(Transition):
 
     def check_finite(self) -> None:
         """As of any operator."""
-        if not self._finite:
+        if not (self._ordinary and self._as_made):
             super().check_finite()
+
+    @property
+    def _as_made(self) -> bool:
+        """Whether it is known that nobody has written to its tensors."""
+        return not any(t.is_inference() or t._version for t in self._each_tensor())
 
     @cached_property
     def _equal_steps(self) -> bool:
@@ -990,7 +995,7 @@ def _compiled_walk(
             walk.__dict__["_degrees_by_length"] = log_degree, fewest
             log_degree = torch.from_numpy(_compiled().by_length(indptr, log_degree.numpy()))
     edges = dict(zip(("indptr", "indices", "values"), map(torch.from_numpy, found[:3]), strict=True))
-    walk.__dict__.update(edges, log_degree=log_degree, dangling=None, jump=None, _finite=True)
+    walk.__dict__.update(edges, log_degree=log_degree, dangling=None, jump=None, _ordinary=True)
     walk.__dict__["_edge_sums"] = torch.from_numpy(sums).unsqueeze(-1)
     walk._pattern.symmetric = symmetric
     if alike:

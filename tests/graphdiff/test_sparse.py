@@ -501,6 +501,19 @@ def test_degrees_of_graphs_without_weights_have_the_bits_of_others(dtype, least)
     np.testing.assert_allclose(plain.T.relative_degrees(-600.0)[0], exact.min() / exact, rtol=1e-5)
 
 
+def test_what_is_written_into_a_walk_of_ordinary_weights_is_seen():
+    pytest.importorskip("graphdiff.operators.rows")
+    A = sp.csr_array(np.ones((6, 6)))
+    P = gd.SparseTransition.from_scipy(A)
+    assert (P.relative_degrees(-600.0)[0] == 1).all()
+    P.log_degree[1] -= 1
+    np.testing.assert_allclose(P.relative_degrees(-600.0)[0], np.where(np.arange(6) == 1, np.exp(-1), 1))
+    P.check_finite()
+    P.values[3] = torch.nan
+    with pytest.raises(ValueError, match=r"the tensors of SparseTransition: expected finite values"):
+        gd.diffuse(P.T, torch.ones(6, dtype=torch.float64), 0.5)
+
+
 def test_degrees_of_a_walk_that_is_not_reversible_are_refused():
     with pytest.raises(TypeError, match=r"not known to be reversible"):
         from_edges(EDGES, WEIGHT).relative_degrees(-600.0)
