@@ -40,8 +40,8 @@ from graphdiff.solvers.push import FALL, Array, Columns, Region
 EPS = float(np.finfo(np.float64).eps)
 # Where much is left to be done thresholds fall by this from stage to stage; ranks are looked at after each.
 FAR = 0.03
-# And by this where stages cost less than looks: over-relaxed, in compiled code.
-FAST = 0.003
+# In compiled code stages and looks cost less: over-relaxed ones fall by this, and all by as little as that.
+FAST, SLIGHT = 0.0005, 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,17 +151,21 @@ class Reach(NamedTuple):
     above: tuple[float, float, float]
 
 
-# With the versions of the tensors that they are made from.
-_MEASURES: WeakKeyDictionary[Transition, tuple[tuple[int, ...], Measure]] = WeakKeyDictionary()
+# With the tensors that they are made from, and their versions.
+_MEASURES: WeakKeyDictionary[Transition, tuple[tuple[Tensor, ...], list[int], Measure]] = WeakKeyDictionary()
 
 
 def _measure(P: Transition) -> Measure:
     """That of a walk; looks at every edge, once."""
-    versions = tuple(0 if t.is_inference() else t._version for t in P.tensors())
     kept = _MEASURES.get(P)
-    if kept is None or kept[0] != versions:
-        kept = _MEASURES[P] = versions, _new_measure(P)
-    return kept[1]
+    if kept is None or kept[1] != _versions(kept[0]):
+        tensors = P.tensors()
+        kept = _MEASURES[P] = tensors, _versions(tensors), _new_measure(P)
+    return kept[2]
+
+
+def _versions(tensors: tuple[Tensor, ...]) -> list[int]:
+    return [0 if t.is_inference() else t._version for t in tensors]
 
 
 def _new_measure(P: Transition) -> Measure:
@@ -245,7 +249,7 @@ def top_k(
         True
     """
     _check_walk(P)
-    sources = _sources(source, P.shape[-1])
+    sources, single = _sources(source, P.shape[-1])
     checks.positive_integer(k, "k")
     mu = _number(mu)
     tol = checks.positive_number(tol, "tol")
@@ -253,39 +257,38 @@ def top_k(
     if on_failure not in ("warn", "raise", "ignore"):
         raise ValueError(f'on_failure: expected "warn", "raise" or "ignore", got {on_failure!r}')
     measure = _measure(P)
-    found = [_Query(P, int(node), k, mu, tol, measure, limit).run() for node in np.atleast_1d(sources)]
+    found = [_Query(P, node, k, mu, tol, measure, limit).run() for node in sources]
 
-    def stacked(name: str) -> Tensor:
-        column = torch.from_numpy(np.stack([np.asarray(getattr(answer, name)) for answer in found]))
-        return column[0] if sources.ndim == 0 else column
+    def stacked(parts: Sequence[Any]) -> Tensor:
+        return torch.from_numpy(np.asarray(parts[0] if single else parts))
 
-    result = TopK(
-        indices=stacked("indices"),
-        values=stacked("values"),
-        lower=stacked("lower"),
-        upper=stacked("upper"),
-        certified=stacked("certified"),
-        gap=stacked("gap"),
-        converged=stacked("converged"),
-        work=stacked("work"),
-        reason="; ".join(dict.fromkeys(answer.reason for answer in found)),
-    )
-    _report(result, tol, on_failure)
+    columns = zip(*((*ranks[:6], ranks.converged, work) for ranks, work, _ in found), strict=True)
+    indices, values, lower, upper, gap, certified, converged, work = map(stacked, columns)
+    reason = "; ".join(dict.fromkeys(reason for _, _, reason in found))
+    result = TopK(indices, values, lower, upper, certified, gap, converged, work, reason)
+    if on_failure != "ignore" and not all(ranks.converged for ranks, _, _ in found):
+        _report(result, tol, on_failure)
     return result
 
 
 class _Ranks(NamedTuple):
-    """One query's answer, arrays [k]; see `TopK`."""
+    """One query's answer, arrays [k], see `TopK`; by how much intervals must narrow; what all ranks are."""
 
     indices: Array
     values: Array
     lower: Array
     upper: Array
-    certified: Array
     gap: Array
-    converged: bool = False
-    work: int = 0
-    reason: str = ""
+    certified: Array
+    too_wide: float
+    converged: bool
+    certain: bool
+
+    @classmethod
+    def of(cls, indices: Array, told: Array, certified: Array, *what: Any) -> "_Ranks":
+        """Those of compiled code."""
+        values, lower, upper, gap = told
+        return cls(indices, values, lower, upper, gap, certified, *what)
 
 
 class _Query:
@@ -296,15 +299,20 @@ class _Query:
     ) -> None:
         self.P, self.source, self.k, self.mu, self.tol, self.measure = P, source, k, mu, tol, measure
         # Degrees that are not the walk's bound nothing, and are no measure of what is left to push.
-        bounded = mu * math.sqrt(measure.row_sum * measure.ratio) < 1
-        self._scales = measure.scales if bounded else None
+        root = mu * math.sqrt(measure.row_sum * measure.ratio)
+        self._scales = measure.scales if root < 1 else None
+        # What bounds µPᵀe by the sum of a residual, its root and its largest quotient.
+        self._rates = _amplified(mu * measure.row_sum), math.inf, math.inf
+        if self._scales is not None:
+            self._rates = self._rates[0], mu * _summed(root), _amplified(mu * measure.ratio)
+        # Of the product, of its difference from b and x, and of µ and 1 − µ.
+        self._rounding = (measure.terms + 8) * EPS
         self._max_work = max_work
         self.region: Any = self._local() if _fits(measure) else self._region()
-        self._hidden, self._next_look = 0.0, 0.0
-        # Conjugate gradients narrow intervals by 1/q = √((1 + ρ)/(1 − ρ)) a step, ρ² = 1 − µ², if anything is
-        # hard about the graph, and seldom by more than q^-1.75 for long.
-        root = math.sqrt(1 - mu * mu)
-        self._speed = 0.875 * math.log((1 + root) / (1 - root)) if root < 1 else math.inf
+        most = (0.0, 0.0) if self._scales is None else self._scales.most
+        # As compiled code wants it.
+        self._bounds = *self._rates, *most, self._rounding
+        self._hidden = self._left = self._next_look = 0.0
 
     def _local(self) -> Any:
         """A region by compiled code."""
@@ -328,35 +336,43 @@ class _Query:
         region.start(nodes, np.where(nodes == self.source, 1 - self.mu, 0.0), x)
         return region
 
-    def run(self) -> _Ranks:
-        """Push until the ranks are known or cannot be."""
-        region, going, converged, too_wide = self.region, True, False, math.inf
-        threshold = float(np.max(region.residual / region.weight))
-        while going and not converged:
-            far = FAR if self._scales is None or isinstance(region, Region) else FAST
-            threshold *= max(far, min(FALL, 1 / too_wide))
-            going = self._advance(threshold)
-            region, ranks = self.region, self._ranks()
+    def run(self) -> tuple[_Ranks, int, str]:
+        """Push until the ranks are known or cannot be; also how much work that was, and why it ended."""
+        region, ranks = self.region, None
+        if isinstance(region, Region):
+            threshold = float(region.residual[0] / region.weight[0])
+        else:
+            falls = FAR if self._scales is None else FAST, SLIGHT
+            found, threshold = region.search(self.k, self.tol, self._bounds, self._columns, falls)
+            ranks = None if region.whole or region.lost else _Ranks.of(*found)
+        going = ranks is None
+        while going:
+            threshold *= max(FAR, min(FALL, 1 / ranks.too_wide)) if ranks is not None else FAR
+            going, ranks = self._advance(threshold), self._ranks()
             # What is left to push is less than what rounding may hide.
-            going = going and float(np.abs(region.residual).sum()) > self._hidden
-            converged, too_wide = bool((ranks.gap <= self.tol).all()), _too_wide(ranks, self.tol)
-        if converged:
-            reason = "every rank is certain" if ranks.certified.all() else "what is left are ties within tol"
+            going = going and not ranks.converged and self._left > self._hidden
+        assert ranks is not None
+        region = self.region
+        if ranks.converged:
+            reason = "every rank is certain" if ranks.certain else "what is left are ties within tol"
         elif region.exhausted:
             reason = f"stopped at max_work = {region.max_work}"
         else:
             reason = "rounding allows no more"
-        return ranks._replace(converged=converged, work=region.work, reason=reason)
+        return ranks, region.work, reason
+
+    @property
+    def _columns(self) -> Array:
+        """c of all nodes, or what stands for it where nothing is bounded by it."""
+        return self.measure.weight if self._scales is None else self._scales.column
 
     def _advance(self, threshold: float) -> bool:
         """Push on, to a threshold or, on the whole graph, until the ranks are known."""
         region = self._at_hand()
         going = region.whole or region.grow(threshold)
-        region = self._at_hand()
         while len(region.nodes) < self.k and not region.closed:
             # Nodes with next to nothing rank too.
             region.open_border()
-            region = self._at_hand()
         if region.whole:
             plain = isinstance(region, Region)
             going = region.settle(0.0, self._enough) if plain else region.settle(self._look)
@@ -371,18 +387,11 @@ class _Query:
     def _ranks(self) -> _Ranks:
         """The ranks as they stand, and what is certain of them."""
         region = self.region
-        x, r, scales = region.x, region.residual, self._known()
-        # Rounding of the product, of its difference from b and x, and of µ and 1 − µ.
-        slack = (self.measure.terms + 8) * EPS * (2 * x + np.abs(r) + 2 * region.b)
-        self._hidden = float(slack.sum())
-        reach = self._reach(r, scales, slack)
-        slack += 4 * EPS * x
-        if region.whole and np.count_nonzero(x) < self.k:
+        if region.whole and np.count_nonzero(region.x) < self.k:
             # Some may not be reached at all.
             places = region.places(_reached(self.P, self.source))
-            bounds = self._interval(x, r, scales, reach, slack, places)
-            return _ranked(*bounds, region.nodes[places], self.k, 0.0)
-        return self._first(x, r, scales, reach, slack)
+            return self._first(region.x, region.residual, self.tol, places)
+        return self._first(region.x, region.residual, self.tol)
 
     def _known(self) -> Scales | None:
         """The scales of the known nodes."""
@@ -403,61 +412,72 @@ class _Query:
 
     def _look(self, x: Array, r: Array) -> int:
         """How many steps it takes at least until the ranks are known, from x and r on the whole graph."""
-        scales, tol = self._known(), 0.9 * self.tol
-        reach = self._reach(r, scales, None)
-        # Cheap, and what the largest alone do not fulfil all do not.
-        few = _largest_places(x + r, 2 * self.k)
-        ranks = _ranked(*self._interval(x, r, scales, reach, None, few), few, self.k, 0.0)
-        if float(ranks.gap.max()) <= tol:
-            ranks = self._first(x, r, scales, reach, None)
-            if float(ranks.gap.max()) <= tol:
-                return 0
-        return max(1, math.ceil(math.log(_too_wide(ranks, tol)) / self._speed))
+        tol = 0.9 * self.tol
+        # Cheap in numpy, and what the largest alone do not fulfil all do not.
+        few = _largest_places(x + r, 2 * self.k) if _compiled() is None else None
+        ranks = self._first(x, r, tol, few)
+        if few is not None and ranks.converged:
+            ranks = self._first(x, r, tol)
+        if ranks.converged:
+            return 0
+        # Conjugate gradients narrow intervals by 1/q = √((1 + ρ)/(1 − ρ)) a step, ρ² = 1 − µ², if anything is
+        # hard about the graph, and seldom by more than q^-1.75 for long.
+        root = math.sqrt(1 - self.mu * self.mu)
+        speed = 0.875 * math.log((1 + root) / (1 - root)) if root < 1 else math.inf
+        return max(1, math.ceil(math.log(ranks.too_wide) / speed))
 
-    def _reach(self, r: Array, scales: Scales | None, slack: Array | None) -> Reach:
+    def _first(self, x: Array, r: Array, tol: float, places: Array | None = None) -> _Ranks:
+        """The first ranks among the known nodes, or among some of them where no others are reached."""
+        region = self.region
+        if places is None and _compiled() is not None:
+            found, self._hidden, self._left = _compiled().ranked(
+                *(x, r, region.b, region.weight, region.nodes, self._columns),
+                *(self._bounds, bool(region.closed), self.k, tol),
+            )
+            return _Ranks.of(*found)
+        scales = self._known()
+        slack = self._rounding * (2 * x + np.abs(r) + 2 * region.b)
+        reach = self._reach(r, scales, slack)
+        slack += 4 * EPS * x
+        beyond = 0.0
+        if not region.closed:
+            most = (1.0, *scales.most) if scales is not None else (1.0, 0.0, 0.0)
+            beyond = min(a * b for a, b in zip(reach.above, most, strict=True) if a < math.inf or b > 0)
+        if places is None:
+            places = self._likely(x, r, scales, reach, slack)
+        bounds = self._interval(x, r, scales, reach, slack, places)
+        return _ranked(*bounds, region.nodes[places], self.k, beyond, tol)
+
+    def _reach(self, r: Array, scales: Scales | None, slack: Array) -> Reach:
         """Bounds of µPᵀe from a residual in which rounding may hide `slack`."""
-        mu, row_sum, ratio = self.mu, self.measure.row_sum, self.measure.ratio
-        size, total = float(np.abs(r).sum()), float(r.sum())
-        mass = largest = energy = 0.0
-        if slack is not None:
-            # These sums have rounding of their own.
-            mass = float(slack.sum()) + 4 * len(r) * EPS * size
-        scale = _amplified(mu * row_sum)
-        constant = scale * ((size - total) / 2 + mass), scale * ((size + total) / 2 + mass)
+        size, total, hidden = float(np.abs(r).sum()), float(r.sum()), float(slack.sum())
+        self._hidden, self._left = hidden, size
+        by_sum, by_root, by_most = self._rates
+        # These sums have rounding of their own.
+        mass = hidden + 4 * len(r) * EPS * size
+        constant = by_sum * ((size - total) / 2 + mass), by_sum * ((size + total) / 2 + mass)
         if scales is None:
             return Reach(*((c, math.inf, math.inf) for c in constant))
         quotient = r * scales.inverse
         low, high = max(-float(quotient.min()), 0.0), max(float(quotient.max()), 0.0)
         square = float(quotient @ r)
-        if slack is not None:
-            largest = float((slack * scales.inverse).max()) + 4 * EPS * max(low, high)
-            energy = math.sqrt(mass * largest) + len(r) * EPS * math.sqrt(square)
-        root = mu * _summed(mu * math.sqrt(row_sum * ratio)) * (math.sqrt(square) + energy)
-        linear = math.inf, math.inf
-        if mu * ratio < 1:
-            scale = _amplified(mu * ratio)
-            linear = scale * (low + largest), scale * (high + largest)
+        largest = float((slack * scales.inverse).max()) + 4 * EPS * max(low, high)
+        root = by_root * (math.sqrt(square) * (1 + len(r) * EPS) + math.sqrt(mass * largest))
+        linear = by_most * (low + largest), by_most * (high + largest)
         return Reach((constant[0], root, linear[0]), (constant[1], root, linear[1]))
 
-    def _first(self, x: Array, r: Array, scales: Scales | None, reach: Reach, slack: Array | None) -> _Ranks:
-        """The first ranks among all nodes."""
-        region = self.region
+    def _likely(self, x: Array, r: Array, scales: Scales | None, reach: Reach, slack: Array) -> Array:
+        """The places of the nodes that may be one of the first k."""
         upper = _within(reach.above, scales)
         upper += x
         upper += r
-        if slack is not None:
-            upper += slack
+        upper += slack
         few = _largest_places(x + r, self.k)
         lower, _ = self._interval(x, r, scales, reach, slack, few)
         # No node without more than this is one of k: the least of k nodes has it for certain. Nor does any
         # such node count beside these: each of the k is either ranked, with more, or itself left over.
         least = (1 - 1e-9) * float(lower.min()) if len(few) == self.k else 0.0
-        places, beyond = np.flatnonzero(upper >= least), 0.0
-        if not region.closed:
-            most = (1.0, *scales.most) if scales is not None else (1.0, 0.0, 0.0)
-            beyond = min(a * b for a, b in zip(reach.above, most, strict=True) if a < math.inf or b > 0)
-        bounds = self._interval(x, r, scales, reach, slack, places)
-        return _ranked(*bounds, region.nodes[places], self.k, beyond)
+        return np.flatnonzero(upper >= least)
 
     def _interval(
         self,
@@ -465,16 +485,14 @@ class _Query:
         r: Array,
         scales: Scales | None,
         reach: Reach,
-        slack: Array | None,
+        slack: Array,
         places: Array,
     ) -> tuple[Array, Array]:
         """Bounds of y, which is ≥ 0, at some of the known nodes."""
         middle, there = x[places] + r[places], None
         if scales is not None:
             there = scales.at(places)
-        below, above = (_within(side, there) for side in reach)
-        if slack is not None:
-            below, above = below + slack[places], above + slack[places]
+        below, above = (_within(side, there) + slack[places] for side in reach)
         return np.maximum(middle - below, 0), np.maximum(middle + above, 0)
 
 
@@ -516,7 +534,7 @@ def _amplified(rate: float) -> float:
     return rate * _summed(rate)
 
 
-def _ranked(lower: Array, upper: Array, nodes: Array, k: int, beyond: float) -> _Ranks:
+def _ranked(lower: Array, upper: Array, nodes: Array, k: int, beyond: float, tol: float) -> _Ranks:
     """The k of largest values between their bounds, where no node but these has more than `beyond`."""
     values = (lower + upper) / 2
     taken = min(k, len(nodes))
@@ -530,20 +548,23 @@ def _ranked(lower: Array, upper: Array, nodes: Array, k: int, beyond: float) -> 
     later = np.maximum.accumulate(np.append(high[1:], rest)[::-1])[::-1]
     # Everyone up to here is larger than everyone after.
     cut = np.minimum.accumulate(low) > later
-    none = np.zeros(k - taken)
+    none, gap = np.zeros(k - taken), np.maximum(later - low, 0)
+    certified = np.append(cut & np.append(True, cut[:-1]), none == rest)
     return _Ranks(
         indices=np.append(nodes[top], none.astype(np.int64) - 1),
         values=np.append(values[top], none),
         lower=np.append(low, none),
         upper=np.append(high, none),
-        certified=np.append(cut & np.append(True, cut[:-1]), none == rest),
-        gap=np.append(np.maximum(later - low, 0), none),
+        gap=np.append(gap, none),
+        certified=certified,
+        too_wide=_too_wide(low, high, tol),
+        converged=bool((gap <= tol).all()),
+        certain=bool(certified.all()),
     )
 
 
-def _too_wide(ranks: _Ranks, tol: float) -> float:
+def _too_wide(lower: Array, upper: Array, tol: float) -> float:
     """By how much intervals must narrow, at least, for all these ranks to be known, ≥ 1."""
-    lower, upper = ranks.lower, ranks.upper
     apart = lower[:-1] + upper[:-1] - lower[1:] - upper[1:] + 2 * tol
     width = upper[:-1] - lower[:-1] + upper[1:] - lower[1:]
     return float(np.max(width / apart, initial=1.0))
@@ -589,7 +610,10 @@ def _check_walk(P: Transition) -> None:
         )
 
 
-def _sources(source: object, nodes: int) -> Array:
+def _sources(source: object, nodes: int) -> tuple[list[int], bool]:
+    """Their numbers, and whether it is a single one."""
+    if type(source) is int and 0 <= source < nodes:
+        return [source], True
     if isinstance(source, bool) or not isinstance(source, int | np.integer | Sequence | np.ndarray | Tensor):
         raise TypeError(
             f"source: expected a node number or a list or 1-d tensor of them, got {type(source).__name__}"
@@ -601,10 +625,12 @@ def _sources(source: object, nodes: int) -> Array:
             f"{numbers.dtype} of shape {checks.shape_text(numbers)}"
         )
     checks.node_numbers(numbers.reshape(-1), "source", nodes)
-    return numbers.numpy()
+    return numbers.reshape(-1).tolist(), numbers.ndim == 0
 
 
 def _number(mu: float | Tensor) -> float:
+    if type(mu) is float and 0 <= mu < 1:
+        return mu
     if isinstance(mu, Tensor) and mu.numel() != 1:
         raise ValueError(
             f"mu: expected a number or a 0-d tensor, got {checks.shape_text(mu)}; queries with another µ are "
@@ -616,8 +642,6 @@ def _number(mu: float | Tensor) -> float:
 
 
 def _report(result: TopK, tol: float, on_failure: OnFailure) -> None:
-    if on_failure == "ignore" or bool(result.converged.all()):
-        return
     message = (
         f"graphdiff.top_k: ranks are known up to a gap of {float(result.gap.max()):.2e} where {tol:.2e} was "
         f"asked for ({int((~result.converged).sum())} of {result.converged.numel()} queries), "

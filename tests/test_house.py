@@ -55,6 +55,7 @@ FLOORS = {
             "solvers.multigrid",
             "solvers.bicgstab",
             "solvers.push",
+            "solvers.ranks",
             "solvers.localsor",
             "solvers.auto",
             "solvers.shifted",

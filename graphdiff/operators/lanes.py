@@ -310,6 +310,7 @@ def _defined(symbol: Callable[[Any, Any], Any], instruction: str) -> None:
 _defined(operator.add, "fadd")
 _defined(operator.sub, "fsub")
 _defined(operator.mul, "fmul")
+_defined(operator.truediv, "fdiv")
 
 
 @intrinsic

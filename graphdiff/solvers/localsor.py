@@ -4,9 +4,11 @@ Near the source a push takes ω times what a node holds of the residual and leav
 
     x_u += ω r_u,   r −= ω r_u (I − µPᵀ) e_u,
 
-nodes waiting in a queue while |r_v| > θ w_v: successive over-relaxation of the nodes that matter alone (Bai,
-Zhou, Yang and Xiao, "Faster local solvers for graph diffusion equations", NeurIPS 2024). Where the walk is
-reversible, ω = 2/(1 + √(1 − µ²)), and a round over the region leaves about ω − 1 of the error; else ω = 1.
+in rounds over the nodes with |r_u| > θ w_u, in the order in which they are found, while θ falls: successive
+over-relaxation of the nodes that matter alone (Bai, Zhou, Yang and Xiao, "Faster local solvers for graph
+diffusion equations", NeurIPS 2024). Where the walk is reversible, ω = 2/(1 + √(1 − µ²)), and a round over the
+region leaves about ω − 1 of the error; else ω = 1. What is found is numbered anew, so that it lies together
+and no memory is as large as the graph.
 
 Where that comes to the whole graph it goes on by the steps of `SSOR`, or of `DirectedSSOR` where the walk is
 not reversible. What these leave is seen in the residual, computed in float64 by P itself, from which they
@@ -22,19 +24,32 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import uint8, uint64
+from numba import njit, uint64
 
 from graphdiff.operators.base import Transition
 from graphdiff.operators.compiled import compiled
+from graphdiff.operators.lanes import ahead, any_of, beside, larger, magnitude, zeros
 from graphdiff.operators.rows import block
 from graphdiff.solvers import directed_sweeps, sweeps
 from graphdiff.solvers.directed_ssor import DirectedSSOR
 from graphdiff.solvers.push import EDGES, PART, Array, Columns
+from graphdiff.solvers.ranks import ranked
 from graphdiff.solvers.ssor import SSOR, swept_dtype
 
-TOUCHED, OPENED, QUEUED = uint8(1), uint8(2), uint8(4)
 # How a stage of pushing ends.
-SETTLED, LIMITED, SLOW, WHOLE = range(4)
+SETTLED, LIMITED, SLOW, WHOLE, FULL = range(5)
+# Where the edges of a node begin that are not loaded.
+CLOSED = np.uint32(2**32 - 1)
+# A row takes room for a multiple of so many edges; what is left over leads to the node itself, with 0.
+FOUR = uint64(4)
+# A word of the table without its lower half.
+NAME = uint64(2**64 - 2**32)
+# A region has room for so many nodes at first.
+FEW = 2**12
+# Within a stage thresholds fall by this from round to round: what is little waits and is joined by more.
+SINK = 0.4
+# As many nodes are looked at at once as these are.
+BLOCK = (0,) * 16
 # One signal.
 ALONE = (0,)
 
@@ -68,7 +83,9 @@ def prepared(P: Transition, mu: float, reversible: bool) -> Whole:
 
 
 class Local:
-    """What a push has reached of the graph, from one source; float64, on the CPU. As `Region`, but compiled.
+    """What a push has reached of the graph, from one source; float64, on the CPU.
+
+    Compiled code searches near the source. Where that is not enough it goes on as a `Region` does.
 
     Args:
         columns: The columns of Pᵀ.
@@ -85,7 +102,7 @@ class Local:
         x: Answer, [known]; 0 elsewhere.
         residual: b − (I − µPᵀ) x, [known]; 0 elsewhere.
         weight: That of the known nodes, [known].
-        whole: Whether every node is known.
+        whole: Whether every node is known. Before, and unless it is lost, there is nothing of the above.
         lost: Whether it goes no further here: `Region` goes on from x.
     """
 
@@ -99,20 +116,14 @@ class Local:
         reversible: bool,
         max_work: float,
     ) -> None:
-        count = len(weight)
         self.mu, self.source, self.max_work = mu, source, max_work
         self._columns, self._weights, self._of_whole = columns, weight, of_whole
         self._omega = 2 / (1 + math.sqrt(1 - mu * mu)) if reversible else 1.0
-        # Pages of zeros never touched cost nothing.
-        self._x, self._r, self._state = np.zeros(count), np.zeros(count), np.zeros(count, np.uint8)
-        self._known, self._queue = np.empty(count, np.uint32), np.empty(count, np.uint32)
         # Known and opened nodes, edges of the opened, rounds, work.
         self._counts = np.array([1, 0, 0, 0, 0])
-        self._known[0], self._state[source], self._r[source] = source, TOUCHED, 1 - mu
         # More rounds than this are no push.
         self._patience = 10 + math.ceil(8 / math.sqrt(1 - mu))
         self.whole = self.lost = False
-        self._view()
 
     @property
     def steps(self) -> int:
@@ -131,59 +142,47 @@ class Local:
 
     @property
     def closed(self) -> bool:
-        """Whether every known node is opened, so that no other can be reached."""
-        return self.whole or bool(self._counts[0] == self._counts[1])
-
-    def _view(self) -> None:
-        """What is known, after a stage."""
-        self.nodes = self._known[: self._counts[0]].astype(np.int64)
-        self.x, self.residual = self._x[self.nodes], self._r[self.nodes]
-        self.weight, self.b = self._weights[self.nodes], np.zeros(len(self.nodes))
-        self.b[0] = 1 - self.mu
+        """Whether no other node can be reached."""
+        return self.whole
 
     def places(self, nodes: Array) -> Array:
         """Where nodes stand among the known, which are all."""
         return nodes
 
-    def open_border(self) -> None:
-        """Push all known nodes once."""
-        self._push(-1.0, 1)
+    def search(self, k: int, tol: float, bounds: Any, columns: Array, falls: tuple[float, float]) -> Any:
+        """Push outwards until the first ranks are known, rounding allows no more or a limit is reached.
 
-    def grow(self, threshold: float) -> bool:
-        """Push until no |residual| is above threshold·weight.
-
-        Where that comes to the whole graph, `settle` has to follow.
+        Args:
+            k: How many ranks.
+            tol: As in `top_k`.
+            bounds: As for `ranks.ranked`.
+            columns: Alike.
+            falls: Thresholds fall by the second from stage to stage, or by as much as must be, down to the
+                first.
 
         Returns:
-            False if a limit stands against it.
+            The fields of `_Ranks` and the last threshold. It is `whole` or `lost` where it came too far; then
+            `settle` or another region has to follow.
         """
-        return self._push(threshold, self._patience) != LIMITED
-
-    def _push(self, threshold: float, rounds: int) -> int:
-        columns = self._columns
-        end = pushed(
-            *(columns.indptr, columns.indices, columns.values, self.mu, self._omega, self._weights),
-            *(threshold, rounds, self.max_work, EDGES, PART),
-            *(self._x, self._r, self._state, self._known, self._queue, self._counts),
+        of, edges, nodes = self._columns, len(self._columns.indices), len(self._weights)
+        walk = of.indptr, of.indices, of.values
+        limits = self._patience, float(self.max_work), EDGES * edges, PART * nodes
+        end, threshold, found, reached = searched(
+            *(walk, self._weights, columns, self.source, self.mu, self._omega, limits, k, tol, bounds, falls),
+            self._counts,
         )
-        refreshed(
-            *(columns.indptr, columns.indices, columns.values, self.mu, self.source),
-            *(self._x, self._r, self._known, self._counts),
-        )
-        self._view()
-        if end == WHOLE:
+        if end in (WHOLE, SLOW):
+            self.nodes, self.weight, self.x, self.residual = reached
+            self.whole, self.lost = end == WHOLE, end == SLOW
+        if self.whole:
             self._take_all()
-        elif end == SLOW and rounds > 1:
-            self.lost = True
-        return int(end)
+        return found, threshold
 
     def _take_all(self) -> None:
         """Every node becomes known."""
-        self.nodes, self.weight = np.arange(len(self._x)), self._weights
-        self.x, self.residual = self._x, self._r
-        self.b = np.zeros(len(self.nodes))
-        self.b[self.source] = 1 - self.mu
-        self.whole = True
+        x, residual, self.b = np.zeros((3, len(self._weights)))
+        x[self.nodes], residual[self.nodes], self.b[self.source] = self.x, self.residual, 1 - self.mu
+        self.nodes, self.weight, self.x, self.residual = np.arange(len(x)), self._weights, x, residual
 
     def settle(self, look: Callable[[Array, Array], int]) -> bool:
         """A solver's steps on the whole graph; then x and residual anew.
@@ -341,114 +340,231 @@ def added(place: Any, found: Any, size: float, x: Any, degree: Any) -> None:
 
 
 @compiled
-def pushed(
-    starts: Any,
-    nodes: Any,
-    values: Any,
-    mu: float,
-    omega: float,
-    weight: Any,
-    threshold: float,
-    rounds: int,
-    max_work: float,
-    edges: float,
-    part: float,
-    x: Any,
-    r: Any,
-    state: Any,
-    known: Any,
-    queue: Any,
-    counts: Any,
-) -> Any:
-    """Push until no |r| is above threshold·weight; what changes is in the last six."""
-    size = uint64(len(known))
-    found, opened, within = uint64(counts[0]), uint64(counts[1]), uint64(counts[2])
-    steps, work = counts[3], uint64(counts[4])
-    head, tail, waiting, end = uint64(0), uint64(0), uint64(0), SETTLED
-    for a in range(found):
-        u = uint64(known[a])
-        if abs(r[u]) > threshold * weight[u]:
-            queue[tail] = u
-            state[u] |= QUEUED
-            tail += uint64(1)
-    waiting = tail
-    tail = uint64(0) if tail == size else tail
-    while waiting > 0 and end == SETTLED:
-        more, a = uint64(0), head
-        for _ in range(waiting):
-            u = uint64(queue[a])
-            if not state[u] & OPENED:
-                more += uint64(starts[u + uint64(1)]) - uint64(starts[u])
-            a = uint64(0) if a + uint64(1) == size else a + uint64(1)
-        if more > within and within + more > edges * len(nodes):
-            end = WHOLE
-            break
-        for _ in range(waiting):
-            u = uint64(queue[head])
-            head = uint64(0) if head + uint64(1) == size else head + uint64(1)
-            waiting -= uint64(1)
-            state[u] &= ~QUEUED
-            if not abs(r[u]) > threshold * weight[u]:
-                continue
-            first, last = uint64(starts[u]), uint64(starts[u + uint64(1)])
-            if not state[u] & OPENED:
-                state[u] |= OPENED
-                opened += uint64(1)
-                within += last - first
-            moved = omega * r[u]
-            x[u] += moved
-            r[u] -= moved
-            moved *= mu
-            work += last - first
-            # Of what is left of its own, too, there may be too much.
-            for e in range(first, last + uint64(1)):
-                v = u
-                if e < last:
-                    v = uint64(nodes[e])
-                    r[v] += moved * values[e]
-                if not state[v] & TOUCHED:
-                    state[v] |= TOUCHED
-                    known[found] = v
-                    found += uint64(1)
-                if not state[v] & QUEUED and abs(r[v]) > threshold * weight[v]:
-                    state[v] |= QUEUED
-                    queue[tail] = v
-                    tail = uint64(0) if tail + uint64(1) == size else tail + uint64(1)
-                    waiting += uint64(1)
-        steps += 1
-        rounds -= 1
-        if found > part * size:
-            end = WHOLE
-        elif waiting > 0 and work >= max_work:
-            end = LIMITED
-        elif waiting > 0 and rounds == 0:
-            end = SLOW
-    for _ in range(waiting):
-        state[uint64(queue[head])] &= ~QUEUED
-        head = uint64(0) if head + uint64(1) == size else head + uint64(1)
-    counts[0], counts[1], counts[2], counts[3], counts[4] = found, opened, within, steps, work
-    return end
+def room_for(count: int) -> Any:
+    """Room for so many nodes, known in the order in which they are found, and four times as many edges.
+
+    By node its number, weight, x and residual, and where its edges begin and end; a table of who is known;
+    and by edge the place of the node that it leads to, and its value.
+    """
+    weight, x, r = np.empty(count), np.empty(count), np.empty(count)
+    first, last = np.empty(count, np.uint32), np.empty(count, np.uint32)
+    table = np.zeros(2 * count, np.uint64)
+    into, shares = np.empty(4 * count, np.uint32), np.empty(4 * count)
+    return np.empty(count, np.int64), weight, x, r, first, last, table, into, shares
 
 
 @compiled
-def refreshed(
-    starts: Any, nodes: Any, values: Any, mu: float, source: int, x: Any, r: Any, known: Any, counts: Any
-) -> None:
+def widened(narrow: Any) -> Any:
+    """Room for four times as much, with the same in it."""
+    known, weight, x, r, first, last, _, into, shares = narrow
+    wider = room_for(4 * len(known))
+    for a in range(uint64(len(known))):
+        wider[0][a], wider[1][a], wider[2][a], wider[3][a] = known[a], weight[a], x[a], r[a]
+        wider[4][a], wider[5][a] = first[a], last[a]
+    for e in range(uint64(len(into))):
+        wider[7][e], wider[8][e] = into[e], shares[e]
+    return wider
+
+
+@compiled
+def searched(
+    walk: Any,
+    weights: Any,
+    columns: Any,
+    source: int,
+    mu: float,
+    omega: float,
+    limits: Any,
+    k: int,
+    tol: float,
+    bounds: Any,
+    falls: Any,
+    so_far: Any,
+) -> Any:
+    """How `Local.search` ends; its last threshold; the ranks; and number, weight, x and residual of nodes.
+
+    The walk is row starts, nodes and values; the limits are those of rounds in a stage, work, and edges and
+    nodes at which it is a matter of the whole graph.
+    """
+    room = room_for(FEW)
+    room[0][0], room[1][0], room[2][0], room[3][0] = source, weights[source], 0.0, 1 - mu
+    room[4][0] = CLOSED
+    tabled(room, 1)
+    # As in `Local`, and the room that edges take.
+    counts = np.zeros(6, np.int64)
+    counts[0] = 1
+    level = threshold = (1 - mu) / weights[source]
+    # Nothing is known.
+    found = np.empty(0, np.int64), np.empty((0, 0)), np.empty(0, np.bool_), math.inf, False, False
+    while True:
+        threshold *= max(falls[0], min(falls[1], 1 / found[3]))
+        goal, rounds = threshold, limits[0]
+        while True:
+            end = pushed(walk, weights, mu, omega, level, goal, rounds, limits, room, counts)
+            if end == FULL:
+                room = widened(room)
+                tabled(room, counts[0])
+                continue
+            end, level = SETTLED if goal < 0 and end == SLOW else end, threshold
+            if end in (WHOLE, SLOW) or counts[0] >= k or counts[0] == counts[1]:
+                break
+            # Nodes with next to nothing rank too: all that are known are pushed, once.
+            goal, rounds = -1.0, 1
+        refreshed(mu, room, counts)
+        nodes, weight = room[0][: counts[0]], room[1][: counts[0]]
+        x, r = room[2][: counts[0]], room[3][: counts[0]]
+        if end in (WHOLE, SLOW):
+            break
+        b = np.zeros(len(x))
+        b[0] = 1 - mu
+        closed = counts[0] == counts[1]
+        found, hidden, left = ranked(x, r, b, weight, nodes, columns, bounds, closed, k, tol)
+        # What is left to push is less than what rounding may hide.
+        if end == LIMITED or found[4] or not left > hidden:
+            break
+    for j in range(len(so_far)):
+        so_far[j] = counts[j]
+    return end, threshold, found, (nodes, weight, x, r)
+
+
+@njit(inline="always")
+def along(r: Any, moved: Any, into: Any, shares: Any, first: Any, last: Any) -> None:
+    """Move what goes along the edges of a node, four at once: so few rows end unforeseen."""
+    e = first
+    while e < last:
+        r[uint64(into[e])] += moved * shares[e]
+        r[uint64(into[e + uint64(1)])] += moved * shares[e + uint64(1)]
+        r[uint64(into[e + uint64(2)])] += moved * shares[e + uint64(2)]
+        r[uint64(into[e + uint64(3)])] += moved * shares[e + uint64(3)]
+        e += FOUR
+
+
+@compiled
+def pushed(
+    walk: Any,
+    weights: Any,
+    mu: float,
+    omega: float,
+    level: float,
+    threshold: float,
+    rounds: int,
+    limits: Any,
+    room: Any,
+    counts: Any,
+) -> int:
+    """Push until no |r| is above threshold·weight, by a level that falls so far; the last two change."""
+    starts, nodes, values = walk
+    known, weight, x, r, first, last, table, into, shares = room
+    mask, most, space = uint64(len(table) - 1), uint64(len(known)), uint64(len(into))
+    _, max_work, most_edges, most_nodes = limits
+    block = uint64(len(BLOCK))
+    found, opened, within = uint64(counts[0]), uint64(counts[1]), uint64(counts[2])
+    steps, work, used = counts[3], uint64(counts[4]), uint64(counts[5])
+    chosen, end, going = np.empty(len(BLOCK), np.uint64), SETTLED, True
+    level = threshold if rounds == 1 else max(threshold, SINK * level)
+    while going:
+        b, count, before, going = uint64(0), found, within, level > threshold
+        while b < count and end == SETTLED:
+            above = magnitude(beside(r, b, BLOCK)) - beside(weight, b, BLOCK) * level
+            b += block
+            if not any_of(larger(above, zeros(BLOCK))):
+                continue
+            picked = uint64(0)
+            for a in range(b - block, min(b, count)):
+                chosen[picked] = a
+                picked += uint64(abs(r[a]) > level * weight[a])
+            for k in range(picked):
+                a = chosen[k]
+                if first[a] == CLOSED:
+                    # Its edges are loaded, and the nodes that they lead to found.
+                    u = uint64(known[a])
+                    e, stop = uint64(starts[u]), uint64(starts[u + uint64(1)])
+                    more = stop - e
+                    if within + more > uint64(2) * before and within + more > most_edges:
+                        end = WHOLE
+                        break
+                    if used + more + FOUR > space or found + more >= most:
+                        end = FULL
+                        break
+                    first[a], last[a] = used, used + more
+                    opened, within = opened + uint64(1), within + more
+                    while e < stop:
+                        v = uint64(nodes[e])
+                        slot, name = slot_of(v) & mask, (v + uint64(1)) << uint64(32)
+                        entry = table[slot]
+                        while (entry != uint64(0)) & (entry & NAME != name):
+                            slot = (slot + uint64(1)) & mask
+                            entry = table[slot]
+                        # Written in any case, for whether it is new nobody foresees.
+                        known[found], weight[found], x[found], r[found] = v, weights[v], 0.0, 0.0
+                        # And it may be pushed soon.
+                        first[found], begin = CLOSED, uint64(starts[v])
+                        ahead(nodes, begin)
+                        ahead(values, begin)
+                        entry = entry if entry != uint64(0) else name | found
+                        found += uint64(entry == name | found)
+                        table[slot] = entry
+                        into[used], shares[used] = entry, values[e]
+                        used, e = used + uint64(1), e + uint64(1)
+                    while used & (FOUR - uint64(1)):
+                        into[used], shares[used] = a, 0.0
+                        used += uint64(1)
+                going, moved = True, omega * r[a]
+                x[a] += moved
+                r[a] -= moved
+                moved *= mu
+                e, stop = uint64(first[a]), uint64(last[a])
+                work += stop - e
+                along(r, moved, into, shares, e, stop)
+        steps += 1
+        rounds -= 1
+        level = max(threshold, SINK * level)
+        if end == SETTLED and found > most_nodes:
+            end = WHOLE
+        elif end == SETTLED and going and work >= max_work:
+            end = LIMITED
+        elif end == SETTLED and going and rounds == 0:
+            end = SLOW
+        going &= end == SETTLED
+    counts[0], counts[1], counts[2] = found, opened, within
+    counts[3], counts[4], counts[5] = steps, work, used
+    return end
+
+
+@njit(inline="always")
+def slot_of(node: Any) -> Any:
+    """Where to look first for a node in a table of up to 2³² slots."""
+    return (node * uint64(0x9E3779B97F4A7C15)) >> uint64(32)
+
+
+@compiled
+def tabled(room: Any, count: int) -> None:
+    """Enter so many nodes into an empty table: 1 + a node, and its place, are the halves of a word."""
+    known, table = room[0], room[6]
+    mask = uint64(len(table) - 1)
+    for a in range(uint64(count)):
+        v = uint64(known[a])
+        slot = slot_of(v) & mask
+        while table[slot] != uint64(0):
+            slot = (slot + uint64(1)) & mask
+        table[slot] = (v + uint64(1)) << uint64(32) | a
+
+
+@compiled
+def refreshed(mu: float, room: Any, counts: Any) -> None:
     """x ≥ 0, and the residual of it anew."""
+    _, _, x, r, first, last, _, into, shares = room
     found = uint64(counts[0])
     for a in range(found):
-        r[uint64(known[a])] = 0.0
+        r[a] = 0.0
     for a in range(found):
-        u = uint64(known[a])
-        x[u] = max(x[u], 0.0)
-        moved = x[u]
-        if moved > 0.0:
-            for e in range(uint64(starts[u]), uint64(starts[u + uint64(1)])):
-                r[uint64(nodes[e])] += moved * values[e]
+        x[a] = max(x[a], 0.0)
+        if x[a] > 0.0:
+            moved, e, stop = x[a], uint64(first[a]), uint64(last[a])
+            along(r, moved, into, shares, e, stop)
     for a in range(found):
-        u = uint64(known[a])
-        r[u] = mu * r[u] - x[u]
-    r[uint64(source)] += 1 - mu
+        r[a] = mu * r[a] - x[a]
+    r[0] += 1 - mu
     counts[4] += counts[2]
 
 

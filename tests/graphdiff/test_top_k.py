@@ -238,21 +238,83 @@ def test_nodes_out_of_the_question_count_as_if_they_were_looked_at(directed, k):
     """Whoever cannot be one of k is left out before ranks are compared: every gap is as with all nodes."""
     P = scale_free(400, directed)
     query = topk._Query(P, 57, k, 0.85, 1e-6, topk._measure(P), np.inf)
+    query.region = query._region()
     for threshold in (1e-2, 1e-3, 1e-4):
         query.region.grow(threshold)
-        while not query._at_hand().closed:
+        while not query.region.closed:
             query.region.open_border()
         region, scales = query.region, query._known()
-        x, r = region.x, region.residual
+        x, r, every = region.x, region.residual, np.arange(len(region.nodes))
+        slack = 1e-16 * x
         # Wide intervals as well as narrow ones, and lopsided.
         for factor in (0.01, 0.3, 1.0, 5.0):
-            below, above = query._reach(r, scales, None)
+            below, above = query._reach(r, scales, slack)
             reach = topk.Reach(tuple(factor * part for part in below), above)
-            few = query._first(x, r, scales, reach, None)
-            bounds = query._interval(x, r, scales, reach, None, np.arange(len(x)))
-            every = topk._ranked(*bounds, region.nodes, k, 0.0)
+            few, all_nodes = (
+                topk._ranked(
+                    *query._interval(x, r, scales, reach, slack, places), region.nodes[places], k, 0.0, 1e-6
+                )
+                for places in (query._likely(x, r, scales, reach, slack), every)
+            )
             for name in ("lower", "upper", "certified", "gap"):
-                assert np.array_equal(getattr(few, name), getattr(every, name))
+                assert np.array_equal(getattr(few, name), getattr(all_nodes, name))
+
+
+@settings(max_examples=100)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([5, 33, 1000]),
+    st.sampled_from([1, 7, 60, 500]),
+    st.sampled_from([1e-12, 1e-5, 1e-4, 1.0]),
+    st.sampled_from([0.0, 1e-4, 1.0]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_compiled_ranks_are_those_of_numpy(seed, known, k, left, spread, reversible, closed):
+    """Bound by bound, within rounding, whatever is known of whom, be many nodes alike."""
+    ranked = pytest.importorskip("graphdiff.solvers.ranks").ranked
+    rng, nodes = np.random.default_rng(seed), 1500
+    weight, column, x = np.exp([[1.0], [2.0], [spread]] * rng.normal(size=(3, nodes)))
+    scales = topk.Scales(weight, 1 / weight, column, (float(column.max()), float(weight.max())))
+    query = topk._Query(P := ring(nodes), 0, k, 0.85, 1e-6, topk._measure(P), np.inf)
+    query._rates, query._scales = (0.3, 0.1, 0.4), scales if reversible else None
+    x, r = x[:known], left * x[:known] * rng.uniform(-0.5, 0.5, known)
+    if spread == 0:
+        r = np.zeros(known)
+    places = rng.permutation(nodes)[:known]
+    query.region = SimpleNamespace(
+        b=rng.random(known), weight=weight[places], nodes=places, closed=closed, whole=False
+    )
+    arrays = x, r, query.region.b, query.region.weight, places
+    rates = (0.3, 0.1, 0.4) if reversible else (0.3, np.inf, np.inf)
+    bounds = *rates, *(scales.most if reversible else (0.0, 0.0)), query._rounding
+    (indices, told, certified, *what), hidden, size = ranked(
+        *arrays, column if reversible else np.ones(nodes), bounds, closed, k, 1e-6
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk, "_compiled", lambda: None)
+        plain = query._first(x, r, 1e-6)
+    for ours, theirs in zip(told, plain[1:5], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-10)
+    expected = plain.too_wide, plain.converged, plain.certain, query._hidden, query._left
+    np.testing.assert_allclose([*what, hidden, size], expected, rtol=1e-6)
+    assert np.array_equal(certified, plain.certified)
+    # Of equals any may be the last.
+    ties = plain.values == plain.values[-1]
+    assert np.array_equal(indices[~ties], plain.indices[~ties])
+    # What is no number bounds nothing.
+    x[-1] = np.nan
+    (_, told, certified, *_), *_ = ranked(*arrays, column, bounds, closed, k, 1e-6)
+    assert not certified.any()
+    assert (told[3] == np.inf)[: min(k, known - 1)].all()
+
+
+def test_a_region_outgrows_the_room_that_it_starts_with():
+    P, e = square_grid(240), torch.zeros(240**2, dtype=torch.float64)
+    e[120 * 241] = 1
+    found, sol = gd.top_k(P, 120 * 241, 40, 0.97, tol=1e-8), gd.pagerank(P, e, 0.97, tol=1e-11)
+    check(found, sol.value, 1e-8, float(sol.error_bound))
+    assert found.converged
 
 
 def test_every_node_is_listed_once():
@@ -375,9 +437,9 @@ def test_a_solver_goes_on_where_a_look_left_it(by, kind, mu):
     exact, dense = pagerank_of(P, 57, mu).numpy(), P.dense().double().numpy()
     taken = []
     for pace in (1, 3, 100):
-        region = topk._Query(P, 57, 30, mu, 1e-6, topk._measure(P), np.inf).region
-        region.open_border()
-        region.grow(0.0)
+        query = topk._Query(P, 57, 30, mu, 1e-6, topk._measure(P), np.inf)
+        region = query.region
+        region.search(300, 1e-12, query._bounds, query._columns, (0.1, 0.5))
         assert region.whole
 
         def look(x, r, region=region, pace=pace):
