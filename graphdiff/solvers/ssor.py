@@ -50,7 +50,7 @@ BURST = 10**8
 
 
 class Triangles(NamedTuple):
-    """What is made of a walk for one µ [N]: the largest of it, and what `split` returns."""
+    """What is made of a walk for one µ, [N] or [1]: the largest of it, and what `split` returns."""
 
     mu: Any
     largest: float
@@ -178,17 +178,14 @@ class SSOR(Solver):
 
 
 def each_mu(operator: Transition, mu: Tensor) -> Iterator[tuple[Any, Any]]:
-    """µ and 1 − µ·rowsum as arrays [N], for each of µ's leading dimensions and channels, in their order."""
-    nodes, summed = operator.shape[-1], operator.stochastic == "columns"
-    found = operator.largest_row_sum if summed else operator.row_sums
-    sums = found.reshape(-1).numpy() if isinstance(found, Tensor) else np.array([found])
-    for m in mu.mT.reshape(-1, mu.shape[-2]).double().numpy():
-        one, rest = _sweeps().block((nodes, np.float64), (nodes, np.float64))
-        if summed:
-            one[:], rest[:] = m, 1 - m.max() * sums
-        else:
-            _sweeps().spread(m, sums, one, rest)
-        yield one, rest
+    """µ, and no more than 1 − µ·rowsum, for each of µ's leading dimensions and channels, in their order.
+
+    Both are arrays [N], or [1] where one number is for all nodes.
+    """
+    summed, largest = operator.stochastic == "columns", float(operator.largest_row_sum)
+    for m in mu.mT.reshape(-1, mu.shape[-2]).double().contiguous().numpy():
+        most = m.max(keepdims=True) if summed else m
+        yield m, 1 - most * largest
 
 
 def swept_dtype(triangle: Any) -> Any:

@@ -53,7 +53,6 @@ __all__ = [
     "residual",
     "sized",
     "split",
-    "spread",
     "taken",
     "told",
 ]
@@ -120,21 +119,6 @@ def grouped(starts: Any, nodes: Any, values: Any, runs: Any) -> Any:
 
 
 # --- a block of signals
-
-
-@compiled
-def spread(mu: Any, sums: Any, one: Any, rest: Any) -> None:
-    """Fills µ and 1 − µ·rowsum [N], for µ and rowsum [1 or N]."""
-    if len(mu) == 1:
-        one[:] = mu[0]
-    else:
-        one[:] = mu
-    if len(sums) == 1:
-        rest[:] = sums[0]
-    else:
-        rest[:] = sums
-    for i in range(uint64(len(one))):
-        rest[i] = 1 - one[i] * rest[i]
 
 
 @compiled
@@ -215,16 +199,16 @@ def fitted(
     """
     (degree, mu, _, _), (starts, into, values, factor) = nodes, rows
     scale = load(unit, uint64(0), lanes)
-    count, width = uint64(len(degree)), uint64(len(lanes))
+    count, width, each = uint64(len(degree)), uint64(len(lanes)), uint64(len(mu) > 1)
     every, found = max(count // uint64(SAMPLED), uint64(1)), np.zeros((4, len(lanes)))
     for part in range(uint64(2)):
         above = below = zeros(lanes)
         for i in range(uint64(0), count, every):
             here = load(y, i, lanes)
-            if mu[i] == 0 or not any_of(here):
+            if mu[i * each] == 0 or not any_of(here):
                 continue
             left = here - of_row(starts, into, values, y, i, lanes) * factor[i]
-            here = here * ((1.0 if summed else degree[i]) / mu[i])
+            here = here * ((1.0 if summed else degree[i]) / mu[i * each])
             above = above + here * (wide(load(given, i, lanes)) * scale)
             below = below + here * (left * (degree[i] if summed else 1.0))
         store(found, uint64(2) * part, above)

@@ -50,11 +50,11 @@ def split(
 ) -> Any:
     """The places of the nodes, [N] uint32; L and U, in a dtype; MP by rows; 1/δ; weights; and a bound.
 
-    P is given by its rows; µ, `remaining`, which is 1 − µ·rowsum, and the weights d of a reversible walk are
-    [N]; `equal` says that all steps from a node are equally likely. Let ρ be (I − L)⁻¹δ⁻¹ times a residual r.
-    Then max |r| / `remaining` is at most the bound times max |ρ|; Σ |r| at most Σ |ρ| times what is added to
-    `across` [N], if given; and Σ d |r| at most Σ |ρ| times the second of the weights [2, N], the first of
-    which are ω = dδ/µ. Both are 0 where µ is, and so is 1/δ: there the answer is known.
+    P is given by its rows; µ and `remaining`, which is 1 − µ·rowsum or less, are [N] or [1], the weights d of
+    a reversible walk [N]; `equal` says that all steps from a node are equally likely. Let ρ be (I − L)⁻¹δ⁻¹
+    times a residual r. Then max |r| / `remaining` is at most the bound times max |ρ|; Σ |r| at most Σ |ρ|
+    times what is added to `across` [N], if given; and Σ d |r| at most Σ |ρ| times the second of the weights
+    [2, N], the first of which are ω = dδ/µ. Both are 0 where µ is, and so is 1/δ: there the answer is known.
 
     A triangle is where its rows start, its numbers and their weights, or None where these all are 1, and the
     gains of its rows. MP is likewise the rows of P with a factor [N]. Of what is [N] weights and `across` are
@@ -101,10 +101,11 @@ def _split(
     across: Any,
 ) -> float:
     """The bound; L and U, each in a half of `into` and of `of`, which is None if steps are equal."""
-    count, one, alike = uint64(len(order)), uint64(1), True
+    count, one = uint64(len(order)), uint64(1)
+    # What is one number for all nodes is asked for at place 0.
+    each, every = uint64(len(mu) > 1), uint64(len(remaining) > 1)
     for a in range(count):
         place[uint64(order[a])] = a
-        alike &= mu[a] == mu[0]
     half = uint64(len(into)) // uint64(2)
     first, second, bound = uint64(0), half, 0.0
     ends[0, 0] = ends[1, 0] = 0
@@ -132,26 +133,27 @@ def _split(
             before, later = share * float(first - left), share * float(second - right)
             loop = share * float((last - begin) - (first - left) - (second - right))
         ends[0, a + one], ends[1, a + one] = first, second - half
-        diagonal = 1 - mu[i] * loop
-        inverse[i], factor[i] = 1 / diagonal if mu[i] > 0 else 0.0, mu[i] * (share if of is None else 1.0)
+        rate = mu[i * each]
+        diagonal = 1 - rate * loop
+        inverse[i], factor[i] = 1 / diagonal if rate > 0 else 0.0, rate * (share if of is None else 1.0)
         gains[a] = factor[i] / diagonal
-        bound = max(bound, (diagonal + mu[i] * before) / remaining[i])
+        bound = max(bound, (diagonal + rate * before) / remaining[i * every])
         if degree is not None:
-            later *= mu[i]
-            if not alike:
+            later *= rate
+            if each > 0:
                 later = 0.0
                 for e in range(begin, last):
                     j = uint64(nodes[e])
                     if uint64(place[j]) > a:
                         later += mu[j] * values[e]
             # A tiny µ weighs so much that nothing else counts, but not infinitely.
-            weights[0, a] = min(degree[i] * diagonal / mu[i], HEAVY) if mu[i] > 0 else 0.0
-            weights[1, a] = degree[i] * (diagonal + later) if mu[i] > 0 else 0.0
+            weights[0, a] = min(degree[i] * diagonal / rate, HEAVY) if rate > 0 else 0.0
+            weights[1, a] = degree[i] * (diagonal + later) if rate > 0 else 0.0
         if across is not None:
             across[a] += diagonal
             for e in range(begin, last):
                 b = uint64(place[uint64(nodes[e])])
-                across[b] += float(uint64(b < a)) * (mu[i] * values[e])
+                across[b] += float(uint64(b < a)) * (rate * values[e])
     return bound
 
 
