@@ -124,6 +124,11 @@ class Measure:
     ratio: float = 1.0
     wholes: dict[tuple[float, bool], Any] = field(default_factory=dict)
 
+    @property
+    def nodes(self) -> int:
+        """N."""
+        return len(self.columns.indptr) - 1
+
     @cached_property
     def ordered(self) -> Scales | None:
         """The scales of all nodes, in the order of `Columns.whole`."""
@@ -132,7 +137,7 @@ class Measure:
     @cached_property
     def weight(self) -> Array:
         """w, or 1, of all nodes."""
-        return np.ones(len(self.columns.indptr) - 1) if self.scales is None else self.scales.weight
+        return np.ones(self.nodes) if self.scales is None else self.scales.weight
 
     def whole(self, P: Transition, mu: float, reversible: bool) -> Any:
         """What `Local` goes by on the whole graph; that of the last µ is kept."""
@@ -155,13 +160,19 @@ class Reach(NamedTuple):
 _MEASURES: WeakKeyDictionary[Transition, tuple[tuple[Tensor, ...], list[int], Measure]] = WeakKeyDictionary()
 
 
+def _kept(P: Transition) -> Measure | None:
+    """That of a walk, if it was looked at as it is now."""
+    tensors, versions, measure = _MEASURES.get(P, ((), [], None))
+    return measure if versions == _versions(tensors) else None
+
+
 def _measure(P: Transition) -> Measure:
     """That of a walk; looks at every edge, once."""
-    kept = _MEASURES.get(P)
-    if kept is None or kept[1] != _versions(kept[0]):
-        tensors = P.tensors()
-        kept = _MEASURES[P] = tensors, _versions(tensors), _new_measure(P)
-    return kept[2]
+    measure = _kept(P)
+    if measure is None:
+        tensors, measure = P.tensors(), _new_measure(P)
+        _MEASURES[P] = tensors, _versions(tensors), measure
+    return measure
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> list[int]:
@@ -248,15 +259,19 @@ def top_k(
         >>> bool((nearest.values - nearest.lower <= nearest.error_bound).all())
         True
     """
-    _check_walk(P)
-    sources, single = _sources(source, P.shape[-1])
+    check_transition(P)
+    # Such a walk was checked.
+    known = _kept(P)
+    if known is None:
+        _check_walk(P)
+    sources, single = _sources(source, P.shape[-1] if known is None else known.nodes)
     checks.positive_integer(k, "k")
     mu = _number(mu)
     tol = checks.positive_number(tol, "tol")
     limit = math.inf if max_work is None else checks.positive_integer(max_work, "max_work")
     if on_failure not in ("warn", "raise", "ignore"):
         raise ValueError(f'on_failure: expected "warn", "raise" or "ignore", got {on_failure!r}')
-    measure = _measure(P)
+    measure = _measure(P) if known is None else known
     found = [_Query(P, node, k, mu, tol, measure, limit).run() for node in sources]
 
     def stacked(parts: Sequence[Any]) -> Tensor:
@@ -595,7 +610,6 @@ def _fits(measure: Measure) -> bool:
 
 
 def _check_walk(P: Transition) -> None:
-    check_transition(P)
     if P.stochastic != "rows":
         raise ValueError(
             f"P: expected a walk, whose rows sum to 1, got {type(P).__name__}, whose columns do; give the "
