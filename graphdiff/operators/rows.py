@@ -183,39 +183,6 @@ def _by_length(begins: Any, table: Any, found: Any) -> None:
         found[i] = table[uint64(begins[i + uint64(1)]) - uint64(begins[i])]
 
 
-def alone(starts: Any, nodes: Any, values: Any, y: Any, across: bool) -> Any:
-    """P y of one signal [N], or Pᵀ y `across`, in float64, with the bits of scipy's.
-
-    In memory that was touched before, which is most of what scipy's takes longer.
-    """
-    (found,) = block((len(y), np.float64))
-    (_across if across else _along)(starts, nodes, values, y, found)
-    return found
-
-
-@compiled
-def _along(starts: Any, nodes: Any, values: Any, y: Any, found: Any) -> None:
-    """P y into `found`."""
-    e = uint64(0)
-    for i in range(uint64(len(found))):
-        total, last = 0.0, uint64(starts[i + uint64(1)])
-        while e < last:
-            total += values[e] * y[uint64(nodes[e])]
-            e += uint64(1)
-        found[i] = total
-
-
-@compiled
-def _across(starts: Any, nodes: Any, values: Any, y: Any, found: Any) -> None:
-    """Pᵀ y into `found`."""
-    e, found[:] = uint64(0), 0
-    for i in range(uint64(len(found))):
-        leaving, last = y[i], uint64(starts[i + uint64(1)])
-        while e < last:
-            found[uint64(nodes[e])] += values[e] * leaving
-            e += uint64(1)
-
-
 @compiled
 def equal(starts: Any, values: Any) -> bool:
     """Whether the values of each row are one number."""

@@ -587,9 +587,7 @@ class SparseTransition(Transition):
             rows = self.indptr, self.indices, self.values
             product = _edges().transposed(*rows, y.detach())
         elif _scipy_is_fastest(self.values, y) and y.shape[1] == 1 and _worth_compiling(len(self.values)):
-            edges = (x.detach().contiguous().numpy() for x in (self.indptr, self.indices, self.values))
-            signal = y.detach().reshape(-1).contiguous().numpy()
-            product = torch.from_numpy(_compiled().alone(*edges, signal, transposed)).unsqueeze(-1)
+            product = _edges().alone(self.indptr, self.indices, self.values, y.detach(), transposed)
         elif _scipy_is_fastest(self.values, y) and not _compiled_product(self.values, y):
             matrix = self._transposed_matrix if transposed else self._matrix
             product = torch.from_numpy(matrix @ y.detach().numpy())

@@ -233,6 +233,8 @@ class _Steps(ABC):
 
     products: int
     """How many a step is worth."""
+    held: int
+    """Vectors that it takes, the first three x, r and the direction."""
 
     def __init__(self, whole: Whole, residual: Array) -> None:
         self._whole, found, most = whole, whole.triangles, float(np.abs(residual).max())
@@ -240,10 +242,10 @@ class _Steps(ABC):
         self.edges = sum(len(half[1]) for half in self._halves)
         self._unit, self._size = np.full((1, 1), 1 / most), most
         self._dtype = swept_dtype(found.lower)
-        parts = block(*[(len(residual), self._dtype)] * 6)
+        parts = block(*[(len(residual), self._dtype)] * self.held)
         self._vectors = [part.reshape(-1, 1) for part in parts]
-        # x, and directions: what is left of others may be no number.
-        for vector in (self._vectors[0], *self._vectors[2:4]):
+        for vector in self._vectors:
+            # What is left of others may be no number.
             vector.fill(0)
         self._turn, self._sums, self._product = self._one(), np.zeros((2, 1)), np.zeros(1)
         self._active, self._taken = np.ones(1, bool), np.zeros(1, np.int64)
@@ -280,7 +282,7 @@ class _Steps(ABC):
 class _ByDegrees(_Steps):
     """Those of `SSOR`."""
 
-    products = 1
+    products, held = 1, 5
 
     def _enter(self, given: Array) -> None:
         found, r, share = self._whole.triangles, self._vectors[1], np.ones((1, 1))
@@ -289,7 +291,7 @@ class _ByDegrees(_Steps):
         sweeps.lowered(found.lower, r, self._weights, True, self._sums, ALONE)
 
     def _iterate(self, most: int) -> None:
-        x, r, p, _, t, w = self._vectors
+        x, r, p, t, w = self._vectors
         vectors = x, r, p, t, w, self._turn, self._one(), self._sums
         # Bound, when it was half, target, factor, largest, limit, patience: nothing but the looks ends it.
         far, never = np.full(1, np.inf), np.full(1, 2**62)
@@ -301,7 +303,7 @@ class _ByDegrees(_Steps):
 class _Directed(_Steps):
     """Those of `DirectedSSOR`."""
 
-    products = 2
+    products, held = 2, 6
 
     def __init__(self, whole: Whole, residual: Array) -> None:
         super().__init__(whole, residual)
