@@ -39,10 +39,7 @@ from graphdiff.operators.rows import block
 from graphdiff.solvers.triangles import FOUR, of_row, split
 
 __all__ = [
-    "begun",
     "block",
-    "fitted",
-    "gathered",
     "in_groups",
     "iterated",
     "left",
