@@ -20,7 +20,7 @@ SPARE = 64
 BLOCK = (0,) * 16
 
 
-# Numba compiles numpy's partition and argsort for longer than all else here together, so both are written out.
+# Numba compiles numpy's partition and argsort for longer than all else here together: both are written out.
 @compiled
 def kth(values: Any, k: int) -> Any:
     """The k-th largest, by Hoare's selection; values change places."""
