@@ -282,7 +282,7 @@ class _Steps(ABC):
 class _ByDegrees(_Steps):
     """Those of `SSOR`."""
 
-    products, held = 1, 5
+    products, held = 1, 4
 
     def _enter(self, given: Array) -> None:
         found, r, share = self._whole.triangles, self._vectors[1], np.ones((1, 1))
@@ -291,8 +291,8 @@ class _ByDegrees(_Steps):
         sweeps.lowered(found.lower, r, self._weights, True, self._sums, ALONE)
 
     def _iterate(self, most: int) -> None:
-        x, r, p, t, w = self._vectors
-        vectors = x, r, p, t, w, self._turn, self._one(), self._sums
+        x, r, p, t = self._vectors
+        vectors = x, r, p, t, self._turn, self._one(), self._sums
         # Bound, when it was half, target, factor, largest, limit, patience: nothing but the looks ends it.
         far, never = np.full(1, np.inf), np.full(1, 2**62)
         rest = np.ones(1), far, self._taken.copy(), np.zeros(1), np.ones(1), far.copy(), never, never

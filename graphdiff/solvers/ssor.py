@@ -373,7 +373,7 @@ class _Block:
         self.spread = math.exp(least / 2)
         kind = self.width, dtype
         if kind not in memory:
-            parts = _sweeps().block((nodes * self.width, np.float64), *[(nodes * self.width, dtype)] * 5)
+            parts = _sweeps().block((nodes * self.width, np.float64), *[(nodes * self.width, dtype)] * 4)
             memory[kind] = [part.reshape(nodes, self.width) for part in parts]
         self.vectors = memory[kind]
         self.loss = LOSS / np.finfo(dtype).eps
@@ -386,7 +386,7 @@ class _Block:
             given, start, found = (
                 np.pad(v, ((0, 0), (0, self.width - width))) for v in (given, start, found)
             )
-        y, x, r, p, t, w = self.vectors
+        y, x, r, p, t = self.vectors
         x.fill(0)
         # What is left of other signals may be no number.
         p.fill(0)
@@ -413,14 +413,14 @@ class _Block:
         steps, halved_at = (np.zeros(self.width, np.int64) for _ in range(2))
         active, halved, largest = (bound > target) & (limit > 0), bound.copy(), self.loss * bound
         numbers = (active, steps, square, bound, halved, halved_at, target, factor, largest, limit, patience)
-        vectors = x, r, p, t, w, turn, step, sums
+        vectors = x, r, p, t, turn, step, sums
 
         def advance(most: int) -> None:
             sweeps.iterated(triangles.lower, triangles.upper, *weights, vectors, numbers, most, lanes)
 
         def renew(anew: Any) -> tuple[Any, Any]:
             mask[0] = anew
-            sweeps.renewed(*system, unit, y, share, mask, x, w, r, sums, lanes)
+            sweeps.renewed(*system, unit, y, share, mask, x, t, r, sums, lanes)
             found = sums[1] * factor
             halved[anew], halved_at[anew] = found[anew], steps[anew]
             return sums[0], found

@@ -15,7 +15,7 @@ it is first used.
 from typing import Any
 
 import numpy as np
-from numba import uint64
+from numba import njit, uint64
 
 from graphdiff.operators.compiled import compiled
 from graphdiff.operators.lanes import (
@@ -139,9 +139,8 @@ def sized(given: Any, start: Any, unit: Any, lanes: Any) -> Any:
 
 @compiled
 def lowered(lower: Any, r: Any, weights: Any, summed: bool, sums: Any, lanes: Any) -> None:
-    """r ← (I − L)⁻¹ r; its sizes into `sums`, added up as `moved` does."""
-    (starts, nodes, values, gains, runs), a0 = lower, zeros(lanes)
-    a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
+    """r ← (I − L)⁻¹ r; `sums` as `norms` has them."""
+    starts, nodes, values, gains, runs = lower
     a, one, group = uint64(0), uint64(1), uint64(GROUP)
     for i in range(uint64(len(runs)) // uint64(2)):
         while a < uint64(runs[uint64(2) * i]):
@@ -162,13 +161,7 @@ def lowered(lower: Any, r: Any, weights: Any, summed: bool, sums: Any, lanes: An
                         q = q + times(load(r, uint64(nodes[f]), lanes), values, f)
                     store(r, a + k, load(r, a + k, lanes) + q * gains[a + k])
             a += group
-    for a in range(uint64(len(r))):
-        v = wide(load(r, a, lanes))
-        a0, a1, a2, a3 = a1, a2, a3, a0 + v * v * weights[0, a]
-        v = magnitude(v)
-        b0, b1, b2, b3 = b1, b2, b3, b0 + v * weights[1, a] if summed else larger(b0, v)
-    store(sums, uint64(0), (a0 + a1) + (a2 + a3))
-    store(sums, uint64(1), (b0 + b1) + (b2 + b3) if summed else larger(larger(b0, b1), larger(b2, b3)))
+    norms(r, weights, summed, sums, lanes)
 
 
 @compiled(error_model="numpy")
@@ -364,10 +357,14 @@ def told(anew: Any, found: Any, size: Any, watched: Any, renewals: Any) -> bool:
 
 
 @compiled
-def _back(upper: Any, r: Any, p: Any, turn: Any, t: Any, lanes: Any) -> None:
-    """p ← r + turn·p and t = (I − U)⁻¹ p."""
+def _back(upper: Any, r: Any, p: Any, turn: Any, t: Any, weights: Any, sums: Any, lanes: Any) -> None:
+    """p ← r + turn·p and t = (I − U)⁻¹ p; the curvature ⟨t, 2p − t⟩ into a row of `sums`.
+
+    That is ⟨t, (I − L − U) t⟩, for of p = (I − U) t the adjoint of I − U is I − L.
+    """
     (starts, nodes, values, gains, runs), beta = upper, load(turn, uint64(0), lanes)
-    a, i, one, group = uint64(len(starts) - 1), uint64(len(runs)), uint64(1), uint64(GROUP)
+    a, i, one, group, s0 = uint64(len(starts) - 1), uint64(len(runs)), uint64(1), uint64(GROUP), zeros(lanes)
+    s1, s2, s3, last = s0, s0, s0, uint64(0)
     while i > 0:
         i -= uint64(2)
         while a > uint64(runs[i]):
@@ -389,85 +386,134 @@ def _back(upper: Any, r: Any, p: Any, turn: Any, t: Any, lanes: Any) -> None:
                     q = narrow(zeros(lanes), t)
                     for f in range(e + (group - one - k), last, group):
                         q = q + times(load(t, uint64(nodes[f]), lanes), values, f)
-                    store(t, a, here + q * gains[a])
+                    q = here + q * gains[a]
+                    store(t, a, q)
+                    s0, s1, s2, s3 = s1, s2, s3, s0 + _curved(wide(here), wide(q)) * weights[0, a]
         while a > (uint64(runs[i - one]) if i > 0 else uint64(0)):
             a -= one
             here = load(r, a, lanes) + load(p, a, lanes) * beta
             store(p, a, here)
-            store(t, a, here + of_row(starts, nodes, values, t, a, lanes) * gains[a])
+            q = here + of_row(starts, nodes, values, t, a, lanes) * gains[a]
+            store(t, a, q)
+            if len(lanes) > 1:
+                s0, s1, s2, s3 = s1, s2, s3, s0 + _curved(wide(here), wide(q)) * weights[0, a]
+    if len(lanes) == 1:
+        # Of one signal four nodes stand beside each other.
+        a, s = uint64(len(p)), zeros(FOUR)
+        while a >= uint64(4):
+            a -= uint64(4)
+            s = s + _curved(wide(beside(p, a, FOUR)), wide(beside(t, a, FOUR))) * beside(weights, a, FOUR)
+        parts = np.empty((4, 1), np.float64)
+        store(parts, uint64(0), s)
+        s3, s2, s1, s0 = four_rows(parts, uint64(0), lanes)
+        while a > uint64(0):
+            a -= one
+            curved = _curved(wide(load(p, a, lanes)), wide(load(t, a, lanes)))
+            s0, s1, s2, s3 = s1, s2, s3, s0 + curved * weights[0, a]
+    store(sums, uint64(0), (s0 + s1) + (s2 + s3))
+
+
+@njit(inline="always")
+def _curved(p: Any, t: Any) -> Any:
+    """t (2p − t)."""
+    return (p + (p - t)) * t
 
 
 @compiled
-def _along_by_fours(p: Any, t: Any, w: Any, weights: Any, parts: Any, four: Any) -> None:
-    """⟨p, t + w⟩ over all nodes but the last three at most, its four sums into `parts`."""
-    s = zeros(four)
-    for i in range(uint64(len(p)) // uint64(4)):
-        image = wide(load(w, i, four) + load(t, i, four))
-        s = s + wide(load(p, i, four)) * image * beside(weights, i * uint64(4), four)
-    store(parts, uint64(0), s)
+def _forth(
+    lower: Any,
+    x: Any,
+    r: Any,
+    p: Any,
+    t: Any,
+    step: Any,
+    weights: Any,
+    summed: bool,
+    sums: Any,
+    lanes: Any,
+) -> None:
+    """With w = (I − L)⁻¹(p − t), x ← x + step·t and r ← r − step·(t + w); `sums` as `norms` has them.
 
-
-@compiled
-def _forth(lower: Any, p: Any, t: Any, w: Any, weights: Any, sums: Any, lanes: Any) -> None:
-    """w = (I − L)⁻¹(p − t), and ⟨p, t + w⟩ with the weights ω into a row of `sums`."""
-    (starts, nodes, values, gains, runs), s0 = lower, zeros(lanes)
-    s1, s2, s3 = s0, s0, s0
+    In the place of t comes w.
+    """
+    (starts, nodes, values, gains, runs), alpha, a0 = lower, load(step, uint64(0), lanes), zeros(lanes)
+    a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
     a, one, group = uint64(0), uint64(1), uint64(GROUP)
     for i in range(uint64(len(runs)) // uint64(2)):
         while a < uint64(runs[uint64(2) * i]):
-            moved, direction = load(t, a, lanes), load(p, a, lanes)
-            q = (direction - moved) + of_row(starts, nodes, values, w, a, lanes) * gains[a]
-            store(w, a, q)
+            direction = load(t, a, lanes)
+            q = load(p, a, lanes) - direction + of_row(starts, nodes, values, t, a, lanes) * gains[a]
+            store(t, a, q)
+            store(x, a, load(x, a, lanes) + direction * alpha)
+            q = load(r, a, lanes) - (direction + q) * alpha
+            store(r, a, q)
             if len(lanes) > 1:
-                s0, s1, s2, s3 = s1, s2, s3, s0 + wide(direction) * wide(q + moved) * weights[0, a]
+                v = wide(q)
+                a0, a1, a2, a3 = a1, a2, a3, a0 + v * v * weights[0, a]
+                v = magnitude(v)
+                b0, b1, b2, b3 = b1, b2, b3, b0 + v * weights[1, a] if summed else larger(b0, v)
             a += one
         while a < uint64(runs[uint64(2) * i + one]):
             e, last = uint64(starts[a]), uint64(starts[a + group])
             if len(lanes) == 1:
-                eight = narrow(zeros(EIGHT), w)
+                eight = narrow(zeros(EIGHT), t)
                 while e < last:
-                    eight = eight + times_beside(picked(w, nodes, e, EIGHT), values, e)
+                    eight = eight + times_beside(picked(t, nodes, e, EIGHT), values, e)
                     e += group
-                put(w, a, beside(p, a, EIGHT) - beside(t, a, EIGHT) + times_beside(eight, gains, a))
+                ways = beside(t, a, EIGHT)
+                eight = beside(p, a, EIGHT) - ways + times_beside(eight, gains, a)
+                put(t, a, eight)
+                put(x, a, beside(x, a, EIGHT) + ways * step[0, 0])
+                put(r, a, beside(r, a, EIGHT) - (ways + eight) * step[0, 0])
             else:
                 for k in range(group):
-                    moved, direction = load(t, a + k, lanes), load(p, a + k, lanes)
-                    q = narrow(zeros(lanes), w)
+                    direction = load(t, a + k, lanes)
+                    q = narrow(zeros(lanes), t)
                     for f in range(e + k, last, group):
-                        q = q + times(load(w, uint64(nodes[f]), lanes), values, f)
-                    q = (direction - moved) + q * gains[a + k]
-                    store(w, a + k, q)
-                    s0, s1, s2, s3 = s1, s2, s3, s0 + wide(direction) * wide(q + moved) * weights[0, a + k]
+                        q = q + times(load(t, uint64(nodes[f]), lanes), values, f)
+                    q = load(p, a + k, lanes) - direction + q * gains[a + k]
+                    store(t, a + k, q)
+                    store(x, a + k, load(x, a + k, lanes) + direction * alpha)
+                    q = load(r, a + k, lanes) - (direction + q) * alpha
+                    store(r, a + k, q)
+                    v = wide(q)
+                    a0, a1, a2, a3 = a1, a2, a3, a0 + v * v * weights[0, a + k]
+                    v = magnitude(v)
+                    b0, b1, b2, b3 = b1, b2, b3, b0 + v * weights[1, a + k] if summed else larger(b0, v)
             a += group
     if len(lanes) == 1:
-        # Of one signal four nodes stand beside each other.
-        parts = np.empty((4, 1), np.float64)
-        _along_by_fours(p, t, w, weights, parts, FOUR)
-        s0, s1, s2, s3 = four_rows(parts, uint64(0), lanes)
-        for a in range(uint64(len(p)) // uint64(4) * uint64(4), uint64(len(p))):
-            image = wide(load(w, a, lanes) + load(t, a, lanes))
-            s0, s1, s2, s3 = s1, s2, s3, s0 + wide(load(p, a, lanes)) * image * weights[0, a]
-    store(sums, uint64(0), (s0 + s1) + (s2 + s3))
+        norms(r, weights, summed, sums, lanes)
+        return
+    store(sums, uint64(0), (a0 + a1) + (a2 + a3))
+    store(sums, uint64(1), (b0 + b1) + (b2 + b3) if summed else larger(larger(b0, b1), larger(b2, b3)))
 
 
 @compiled
-def _moved_by_fours(
-    x: Any, r: Any, t: Any, w: Any, alpha: Any, weights: Any, summed: bool, parts: Any, four: Any
-) -> None:
-    """What `moved` does, for all nodes but the last three at most; its eight sums so far into `parts`."""
-    a = b = zeros(four)
-    count = uint64(len(x))
-    for i in range(count // uint64(4)):
-        direction = load(t, i, four)
-        store(x, i, load(x, i, four) + direction * alpha)
-        q = load(r, i, four) - (direction + load(w, i, four)) * alpha
-        store(r, i, q)
-        v = wide(q)
-        a = a + v * v * beside(weights, uint64(4) * i, four)
+def norms(r: Any, weights: Any, summed: bool, sums: Any, lanes: Any) -> None:
+    """Σ r² with the first weights into `sums`, and if `summed` Σ |r| with the second, else max |r|."""
+    a0, first, count = zeros(lanes), uint64(0), uint64(len(r))
+    a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
+    if len(lanes) == 1:
+        # Of one signal four nodes stand beside each other.
+        a = b = zeros(FOUR)
+        while first + uint64(4) <= count:
+            v = wide(beside(r, first, FOUR))
+            a = a + v * v * beside(weights, first, FOUR)
+            v = magnitude(v)
+            b = b + v * beside(weights, count + first, FOUR) if summed else larger(b, v)
+            first += uint64(4)
+        parts = np.empty((8, 1), np.float64)
+        store(parts, uint64(0), a)
+        store(parts, uint64(1), b)
+        a0, a1, a2, a3 = four_rows(parts, uint64(0), lanes)
+        b0, b1, b2, b3 = four_rows(parts, uint64(4), lanes)
+    for i in range(first, count):
+        v = wide(load(r, i, lanes))
+        a0, a1, a2, a3 = a1, a2, a3, a0 + v * v * weights[0, i]
         v = magnitude(v)
-        b = b + v * beside(weights, count + uint64(4) * i, four) if summed else larger(b, v)
-    store(parts, uint64(0), a)
-    store(parts, uint64(1), b)
+        b0, b1, b2, b3 = b1, b2, b3, b0 + v * weights[1, i] if summed else larger(b0, v)
+    store(sums, uint64(0), (a0 + a1) + (a2 + a3))
+    store(sums, uint64(1), (b0 + b1) + (b2 + b3) if summed else larger(larger(b0, b1), larger(b2, b3)))
 
 
 @compiled
@@ -476,36 +522,6 @@ def four_rows(x: Any, first: int, lanes: Any) -> Any:
     one = uint64(1)
     second, third, last = first + one, first + one + one, first + one + one + one
     return load(x, first, lanes), load(x, second, lanes), load(x, third, lanes), load(x, last, lanes)
-
-
-@compiled
-def moved(
-    x: Any, r: Any, t: Any, w: Any, step: Any, weights: Any, summed: bool, sums: Any, lanes: Any
-) -> None:
-    """x ← x + step·t, r ← r − step·(t + w); its sizes into `sums`.
-
-    That is Σ r² with the first weights, and if `summed` Σ |r| with the second, else max |r|.
-    """
-    alpha, a0, first = load(step, uint64(0), lanes), zeros(lanes), uint64(0)
-    a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
-    if len(lanes) == 1:
-        # Of one signal four nodes stand beside each other.
-        parts = np.empty((8, 1), np.float64)
-        _moved_by_fours(x, r, t, w, step[0, 0], weights, summed, parts, FOUR)
-        first = uint64(len(x)) // uint64(4) * uint64(4)
-        a0, a1, a2, a3 = four_rows(parts, uint64(0), lanes)
-        b0, b1, b2, b3 = four_rows(parts, uint64(4), lanes)
-    for i in range(first, uint64(len(x))):
-        direction = load(t, i, lanes)
-        store(x, i, load(x, i, lanes) + direction * alpha)
-        q = load(r, i, lanes) - (direction + load(w, i, lanes)) * alpha
-        store(r, i, q)
-        v = wide(q)
-        a0, a1, a2, a3 = a1, a2, a3, a0 + v * v * weights[0, i]
-        v = magnitude(v)
-        b0, b1, b2, b3 = b1, b2, b3, b0 + v * weights[1, i] if summed else larger(b0, v)
-    store(sums, uint64(0), (a0 + a1) + (a2 + a3))
-    store(sums, uint64(1), (b0 + b1) + (b2 + b3) if summed else larger(larger(b0, b1), larger(b2, b3)))
 
 
 @compiled(error_model="numpy")
@@ -520,18 +536,17 @@ def iterated(
     lanes: Any,
 ) -> None:
     """Conjugate gradients, at most so many steps; what changes is in `vectors` and `state`."""
-    x, r, p, t, w, turn, step, sums = vectors
+    x, r, p, t, turn, step, sums = vectors
     active, steps, square, bound, halved, halved_at, target, factor, largest, limit, patience = state
     for _ in range(most):
         if not active.any():
             return
-        _back(upper, r, p, turn, t, lanes)
-        _forth(lower, p, t, w, weights, sums, lanes)
+        _back(upper, r, p, turn, t, weights, sums, lanes)
         for k in range(len(active)):
             # No curvature, no step: that is rounding, or an operator that is not what it says.
             active[k] = active[k] and sums[0, k] > 0
             step[0, k] = square[k] / sums[0, k] if active[k] else 0.0
-        moved(x, r, t, w, step, weights, summed, sums, lanes)
+        _forth(lower, x, r, p, t, step, weights, summed, sums, lanes)
         for k in range(len(active)):
             turn[0, k] = 0.0
             if not active[k]:
