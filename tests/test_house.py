@@ -46,6 +46,7 @@ FLOORS = {
             "solvers.chebyshev",
             "solvers.cg",
             "solvers.triangles",
+            "solvers.starts",
             "solvers.sweeps",
             "solvers.ssor",
             "solvers.directed_sweeps",

@@ -33,6 +33,7 @@ from graphdiff.solvers.ssor import (
     advanced,
     each_mu,
     fits,
+    moved,
     sweep_all,
     swept_dtype,
 )
@@ -45,12 +46,13 @@ OFTEN = 4
 
 
 class Triangles(NamedTuple):
-    """What is made of a walk for one µ: what `split` returns, but for weights that sum a residual up [N].
+    """µ, [N] or [1], and what is made of a walk for it: as `split` returns it, but weights sum a residual up.
 
     With ρ = (I − L)⁻¹δ⁻¹ times the residual the bound times max |ρ|, or Σ |ρ| with the weights where norms
     are sums, bounds the error.
     """
 
+    mu: Any
     place: Any
     lower: Any
     upper: Any
@@ -140,7 +142,7 @@ class DirectedSSOR(Solver):
             )
             weights = np.ones(nodes) if across is None else across
             bound = bound if across is None else 1 / remaining.min()
-            triangles.append(Triangles(place, lower, upper, by_rows, inverse, weights, bound))
+            triangles.append(Triangles(m, place, lower, upper, by_rows, inverse, weights, bound))
         # One for all signals, which none is orthogonal to but by accident. Where the start is a single node,
         # its residual in this place takes up to 1.7 times as many steps.
         shadow = np.random.default_rng(0).uniform(-1.0, 1.0, nodes)
@@ -161,12 +163,11 @@ class DirectedSSOR(Solver):
 
         sizes = [swept_dtype(found.lower).itemsize for found in state.triangles]
         steps, unfinished = sweep_all(sweep, mu, sizes, (rhs, start, y), state.memory, done)
+        y = moved(y, start, steps, unfinished)
         if bool(pinned.any()):
             # Where µ_i = 0 the answer is b_i, to the last bit.
             y = torch.where(pinned, rhs, y)
-        # A product and a triangle for the residual of the start and of each renewal.
-        renewals = torch.from_numpy(done.renewals).reshape(steps.shape)
-        reached = Iterate(y, steps, 2 * steps + (3 * renewals + 4) // 2)
+        reached = Iterate(y, steps, 2 * steps + done.residuals)
         return carry_on(Walk(), Problem(operator, mu), rhs, reached, unfinished, target, limits)
 
 
@@ -202,9 +203,18 @@ class _Block:
         turn, across, along, mask = (np.zeros((1, self.width), x.dtype) for _ in range(4))
         better = np.ones_like(turn)
         size, sums = np.ones(self.width), np.zeros((2, self.width))
-        started = sweeps.sized(given, start, size, lanes)
+        itself, share = np.ones((2, 1, self.width))
+        started = sweeps.sized(given, start, triangles.mu, size, itself, share, lanes)
         unit = (1 / size).reshape(1, -1)
-        sweeps.begun(start, unit, y, lanes)
+        if started and itself.any():
+            guess = triangles.rows, np.ones(1), triangles.mu, given, start, unit, False
+            fitted = share.copy()
+            sweeps.fitted(*guess, itself, fitted, lanes)
+            # All of it or nothing, for energy is no measure of a walk that is not symmetric.
+            share = np.where(itself != 0, np.ceil(fitted), share)
+            started = share.any()
+        done.started[place] = share[0, :width] != 0
+        sweeps.begun(start, unit * share, y, lanes)
         system = triangles.rows, triangles.place, triangles.inverse, triangles.lower, given, unit, y
         summing = self.shadow, triangles.weights, self.summed
         sweeps.residual(*system, started, r, *summing, sums, lanes)

@@ -24,13 +24,15 @@ from graphdiff.operators.lanes import (
     zeros,
 )
 from graphdiff.operators.rows import block, equal, ordered
-from graphdiff.solvers.sweeps import four_rows, sized, taken
+from graphdiff.solvers.starts import fitted, sized
+from graphdiff.solvers.sweeps import four_rows, taken
 from graphdiff.solvers.triangles import FOUR, of_row, split
 
 __all__ = [
     "begun",
     "block",
     "equal",
+    "fitted",
     "gathered",
     "iterated",
     "left",

@@ -171,9 +171,8 @@ class SSOR(Solver):
 
         sizes = [swept_dtype(found.lower).itemsize for found in state.triangles]
         steps, unfinished = sweep_all(sweep, mu, sizes, (given, start, y), state.memory, done)
-        # A product and a triangle for the residual of the start and of each renewal.
-        matvecs = torch.from_numpy(done.steps + (3 * done.renewals + 4) // 2)
-        reached = Iterate(y, steps, matvecs.reshape(steps.shape))
+        y = y if pinned else moved(y, initial, steps, unfinished)
+        reached = Iterate(y, steps, steps + done.residuals)
         return carry_on(Chebyshev(), Problem(operator, mu), rhs, reached, unfinished, target, limits)
 
 
@@ -186,6 +185,12 @@ def each_mu(operator: Transition, mu: Tensor) -> Iterator[tuple[Any, Any]]:
     for m in mu.mT.reshape(-1, mu.shape[-2]).double().contiguous().numpy():
         most = m.max(keepdims=True) if summed else m
         yield m, 1 - most * largest
+
+
+def moved(y: Tensor, initial: Tensor, steps: Tensor, unfinished: Tensor) -> Tensor:
+    """y, but the first guess where no step led anywhere from a start of 0: others then go on from there."""
+    stands = unfinished & (steps == 0).unsqueeze(-2)
+    return torch.where(stands, initial, y) if bool(stands.any()) else y
 
 
 def swept_dtype(triangle: Any) -> Any:
@@ -203,12 +208,19 @@ class Progressed:
         self.limit = None if limits.steps is None else self._flat(limits.steps)
         self.steps, self.renewals = (np.zeros(self.unit.shape, np.int64) for _ in range(2))
         self.bound = np.full(self.unit.shape, np.inf)
-        self.active = np.ones(self.unit.shape, bool)
+        self.active, self.started = np.ones((2, *self.unit.shape), bool)
         # Who is asked after every step cannot take many at once.
         self.asked = limits.budget.progress is not None or limits.budget.max_seconds is not None
 
     def _flat(self, x: Tensor) -> Any:
         return x.expand(self.shape).reshape(-1, self.shape[-1]).numpy()
+
+    @property
+    def residuals(self) -> Tensor:
+        """The products that residuals took: with a triangle each, but without one where the start is 0."""
+        return torch.from_numpy((3 * self.renewals + 2 * self.started + 2) // 2).reshape(
+            self.shape[:-2] + self.shape[-1:]
+        )
 
     def going_on(self) -> bool:
         """Whether there is time left."""
@@ -399,6 +411,7 @@ class _Block:
         summed, weights = self.summed, (triangles.weights, self.summed)
         system = triangles.rows, self.nodes, triangles.lower, *weights, given
         sweeps.opened(*system, start, size, unit, y, share, r, sums, lanes)
+        done.started[place] = share[0, :width] != 0
         factor, square = size * self.factor, sums[0].copy()
         target = np.full(self.width, np.inf)
         target[:width] = done.target[place]

@@ -20,7 +20,6 @@ from numba import njit, uint64
 from graphdiff.operators.compiled import compiled
 from graphdiff.operators.lanes import (
     any_in,
-    any_of,
     beside,
     larger,
     load,
@@ -36,6 +35,7 @@ from graphdiff.operators.lanes import (
     zeros,
 )
 from graphdiff.operators.rows import block
+from graphdiff.solvers.starts import fitted, sized
 from graphdiff.solvers.triangles import FOUR, of_row, split
 
 __all__ = [
@@ -48,7 +48,6 @@ __all__ = [
     "opened",
     "renewed",
     "residual",
-    "sized",
     "split",
     "taken",
     "told",
@@ -57,8 +56,6 @@ __all__ = [
 # Rows of a group, and the number of edges with which a row belongs to none.
 GROUP, LONG = 8, 16
 EIGHT = (0,) * GROUP
-# Nodes of which it is asked what a start is worth, and what share of it is as good as all.
-SAMPLED, NEARLY = 4096, 0.9
 
 # --- rows beside each other
 
@@ -119,25 +116,6 @@ def grouped(starts: Any, nodes: Any, values: Any, runs: Any) -> Any:
 
 
 @compiled
-def sized(given: Any, start: Any, unit: Any, lanes: Any) -> Any:
-    """The largest number of each signal's `given` and `start` [N, W] into `unit`; whether any start is not 0.
-
-    1 where all are 0, and never so small that its inverse is infinite.
-    """
-    most, guess = magnitude(load(given, uint64(0), lanes)), magnitude(load(start, uint64(0), lanes))
-    for i in range(uint64(len(given))):
-        most = larger(most, magnitude(load(given, i, lanes)))
-        guess = larger(guess, magnitude(load(start, i, lanes)))
-    found = np.empty((2, len(unit)), given.dtype)
-    store(found, uint64(0), most)
-    store(found, uint64(1), guess)
-    for k in range(uint64(len(unit))):
-        unit[k] = max(found[0, k], found[1, k])
-        unit[k] = max(unit[k], np.finfo(given.dtype).tiny) if unit[k] > 0 else 1.0
-    return found[1].any()
-
-
-@compiled
 def lowered(lower: Any, r: Any, weights: Any, summed: bool, sums: Any, lanes: Any) -> None:
     """r ← (I − L)⁻¹ r; `sums` as `norms` has them."""
     starts, nodes, values, gains, runs = lower
@@ -177,49 +155,15 @@ def begun(nodes: Any, start: Any, unit: Any, y: Any, summed: bool, lanes: Any) -
         store(y, i, wide(load(start, i, lanes)) * scale * (1 / degree[i] if summed else 1.0))
 
 
-@compiled(error_model="numpy")
-def fitted(
-    rows: Any, nodes: Any, given: Any, unit: Any, y: Any, summed: bool, share: Any, lanes: Any
-) -> None:
-    """What of y [N, W], the start, to begin with, its `share` [1, W]: ⟨y, b⟩ / ⟨y, Ay⟩, for Ax = b symmetric.
-
-    No other multiple of y is nearer to the answer in the energy's norm. Of a signal that is its own start it
-    is 1 where the walk leaves it as it is, and 1 − µ where the walk carries it elsewhere. `SAMPLED` nodes are
-    asked, or all where a signal is 0 at these; and it is 1 unless it comes out well below.
-    """
-    (degree, mu, _, _), (starts, into, values, factor) = nodes, rows
-    scale = load(unit, uint64(0), lanes)
-    count, width, each = uint64(len(degree)), uint64(len(lanes)), uint64(len(mu) > 1)
-    every, found = max(count // uint64(SAMPLED), uint64(1)), np.zeros((4, len(lanes)))
-    for part in range(uint64(2)):
-        above = below = zeros(lanes)
-        for i in range(uint64(0), count, every):
-            here = load(y, i, lanes)
-            if mu[i * each] == 0 or not any_of(here):
-                continue
-            left = here - of_row(starts, into, values, y, i, lanes) * factor[i]
-            here = here * ((1.0 if summed else degree[i]) / mu[i * each])
-            above = above + here * (wide(load(given, i, lanes)) * scale)
-            below = below + here * (left * (degree[i] if summed else 1.0))
-        store(found, uint64(2) * part, above)
-        store(found, uint64(2) * part + uint64(1), below)
-        if every == uint64(1) or found[1].all():
-            break
-        every = uint64(1)
-    for k in range(width):
-        row = uint64(0) if found[1, k] != 0 else uint64(2)
-        ratio = found[row, k] / found[row + uint64(1), k]
-        share[0, k] = ratio if 0 <= ratio < NEARLY else 1.0
-
-
 @compiled
 def gathered(nodes: Any, mask: Any, share: Any, x: Any, y: Any, lanes: Any) -> None:
     """y ← its share + x and x ← 0 where the mask is not 0."""
     place, chosen, nothing = nodes[2], load(mask, uint64(0), lanes), narrow(zeros(lanes), x)
-    own, which = load(share, uint64(0), lanes), wide(chosen)
+    own, which, none = load(share, uint64(0), lanes), wide(chosen), zeros(lanes)
     for i in range(uint64(len(place))):
         a = uint64(place[i])
-        here, before = load(x, a, lanes), load(y, i, lanes)
+        # Of which there is no share may be what others have left, no number perhaps.
+        here, before = load(x, a, lanes), where(own, load(y, i, lanes), none)
         store(y, i, where(which, before * own + wide(here), before))
         store(x, a, where(chosen, nothing, here))
 
@@ -280,12 +224,13 @@ def opened(
     lanes: Any,
 ) -> None:
     """Where a line begins: its size and unit, y and its share, and r with its `sums`."""
-    begins = sized(given, start, size, lanes)
+    (degree, mu, _, _), itself = nodes, np.empty((1, len(lanes)))
+    begins = sized(given, start, mu, size, itself, share, lanes)
     for k in range(len(size)):
         unit[0, k] = 1 / size[k]
-    begun(nodes, start, unit, y, summed, lanes)
+    begins = begins and fitted(rows, degree, mu, given, start, unit, summed, itself, share, lanes)
     if begins:
-        fitted(rows, nodes, given, unit, y, summed, share, lanes)
+        begun(nodes, start, unit, y, summed, lanes)
     residual(rows, nodes, given, unit, y, share, begins, r, summed, lanes)
     lowered(lower, r, weights, summed, sums, lanes)
 
@@ -574,8 +519,8 @@ def left(
 ) -> None:
     """y's share + x in the units of the right-hand sides, added to `found` [N, W] or in its place."""
     degree, _, place, _ = nodes
-    scale, own = load(unit, uint64(0), lanes), load(share, uint64(0), lanes)
+    scale, own, none = load(unit, uint64(0), lanes), load(share, uint64(0), lanes), zeros(lanes)
     for i in range(uint64(len(degree))):
-        here = load(y, i, lanes) * own + wide(load(x, uint64(place[i]), lanes))
+        here = where(own, load(y, i, lanes), none) * own + wide(load(x, uint64(place[i]), lanes))
         value = here * (degree[i] if summed else 1.0) * scale
         store(found, i, narrow(wide(load(found, i, lanes)) + value if added else value, found))

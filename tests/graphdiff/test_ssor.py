@@ -476,18 +476,19 @@ def claimed(P, mu, s, start, tol):
     st.booleans(),
 )
 def test_float32_is_renewed_before_it_is_wrong(nodes, seed, mu, tol, transposed):
-    P = weighted(nodes, seed)
-    P = P.T if transposed else P
+    walk = weighted(nodes, seed)
+    P = walk.T if transposed else walk
     s = torch.randn(nodes, 5, generator=torch.Generator().manual_seed(seed), **f64)
     # Signals that are known at once beside others.
-    s[:, 1], s[:, 2] = torch.eye(nodes, **f64)[0], P.log_degree.exp() if transposed else 1.0
+    s[:, 1], s[:, 2] = torch.eye(nodes, **f64)[0], walk.log_degree.exp() if transposed else 1.0
     size = s.abs().sum(0) if transposed else s.abs().amax(0)
     s = s / size
     found, ratio = claimed(P, mu, s, s, tol)
     assert (ratio <= 1.2).all()
-    # A product and a half at the start and at each renewal.
+    # A product and a half at each renewal, and at the start where that is not 0.
     products = found.matvecs - found.steps
-    assert (products >= 2).all()
+    assert (products >= 1).all()
+    assert products[2] >= 2
     assert (products <= 4 + found.steps).all()
 
 
@@ -565,7 +566,7 @@ def test_float32_takes_few_steps_more_than_float64(mu, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(ssor, "NEAR", 2.0)
             wide, _ = claimed(walk, mu, s, s, 1e-6)
-        assert (wide.matvecs == wide.steps + 2).all()
+        assert (wide.matvecs == wide.steps + 1).all()
         assert (narrow.steps <= 1.7 * wide.steps + 1).all()
 
 
@@ -611,6 +612,29 @@ def test_where_residuals_only_grow_the_start_is_left_in_place(monkeypatch):
         reached = SSOR.solve(SSOR.prepare(P, mu), b, start, target, limits)
         assert (reached.steps > 0).all()
         assert torch.equal(reached.x, torch.where(mu == 0, b, start))
+
+
+@with_numba
+@pytest.mark.parametrize("solver", [gd.solvers.SSOR(), gd.solvers.DirectedSSOR()])
+def test_signals_that_the_walk_carries_elsewhere_start_from_nothing_each_by_itself(solver):
+    P = gd.grid_transition(torch.zeros(1, 30, 30, **f64))
+    s = torch.randn(900, 20, generator=torch.Generator().manual_seed(5), **f64)
+    s[:, 3], s[:, 7], s[:, 11] = 1.0, torch.eye(900, **f64)[40], 0.0
+    for Q in (P, P.T):
+        s[:, 3] = P.log_degree.exp() if Q is not P else 1.0
+        found, cold = (gd.solve(Q, s, 0.9, tol=1e-8, solver=solver, initial=x) for x in (None, 0 * s))
+        assert found.converged.all()
+        carried = torch.arange(20) != 3
+        torch.testing.assert_close(found.value, cold.value, rtol=0, atol=1e-6)
+        # They are scaled by s, if only before it is found to be no start.
+        products = [int(x.matvecs[carried].sum()) for x in (found, cold)]
+        assert products[0] == pytest.approx(products[1], rel=0.05)
+        # What the walk leaves as it is is its own answer.
+        assert found.steps[3] == 0
+        for k in (3, 7, 0):
+            alone = gd.solve(Q, s[:, k], 0.9, tol=1e-8, solver=solver)
+            assert torch.equal(alone.value, found.value[:, k])
+            assert torch.equal(alone.matvecs, found.matvecs[k])
 
 
 @with_numba
@@ -683,22 +707,20 @@ def test_without_numba_auto_takes_cg_and_the_error_says_what_to_install():
     assert done.stdout.splitlines() == ["CG()", "solver: SSOR needs numba; pip install numba, or use CG()"]
 
 
-def begun(P, mu, start, given, transposed=False, width=1):
-    """The share of a start that SSOR begins with."""
-    from graphdiff.solvers import sweeps
+def begun(P, mu, start, transposed=False, width=1, itself=False):
+    """The share of a start that SSOR begins with, if it is taken for the signal itself and if not."""
+    from graphdiff.solvers import starts
 
-    nodes = P.shape[-1]
     _, _, _, found = triangles(P, mu)
     state = SSOR.prepare(P, torch.as_tensor(mu, **f64).reshape(-1, 1))
-    # `summed` solves for D⁻¹ of the transposed system's answer.
-    degree = torch.from_numpy(state.degree).unsqueeze(-1)
-    y, share = (
-        (start / degree if transposed else start).expand(nodes, width).numpy().copy(),
-        np.ones((1, width)),
-    )
-    b, unit = given.expand(nodes, width).numpy().copy(), np.full((1, width), 1.0)
-    known = state.degree, found.mu, found.place, found.inverse
-    sweeps.fitted(found.rows, known, b, unit, y, transposed, share, (0,) * width)
+    lanes, first = (0,) * width, start.expand(-1, width).numpy().copy()
+    given, unit, (own, share) = (1 - found.mu[:, None]) * first, np.ones(width), np.zeros((2, 1, width))
+    assert starts.sized(given, first, found.mu, unit, own, share, lanes)
+    assert (own == 1).all()
+    assert (share == 1).all()
+    own[:], unit = itself, (1 / unit).reshape(1, width)
+    system = found.rows, state.degree, found.mu, given, first, unit, transposed
+    assert starts.fitted(*system, own, share, lanes) == share.any()
     return torch.from_numpy(share[0])
 
 
@@ -728,7 +750,10 @@ def test_no_other_multiple_of_the_start_is_nearer_in_energy(nodes, seed, mu, eac
     A = torch.eye(nodes, **f64) - M * matrix
     exact = (s * weight * b).sum() / (s * weight * (A @ s)).sum()
     exact = exact if 0 <= exact < 0.9 else torch.ones_like(exact)
-    torch.testing.assert_close(begun(P, mu, s, b, transposed, width), exact.expand(width), rtol=1e-9, atol=0)
+    torch.testing.assert_close(begun(P, mu, s, transposed, width), exact.expand(width), rtol=1e-9, atol=0)
+    itself = exact if exact >= 0.5 else torch.zeros_like(exact)
+    found = begun(P, mu, s, transposed, width, itself=True)
+    torch.testing.assert_close(found, itself.expand(width), rtol=1e-9, atol=0)
 
 
 @with_numba
@@ -746,9 +771,13 @@ def test_a_start_is_worth_what_a_sample_says_and_a_seed_1_less_mu(monkeypatch):
     )
     seed[4321] = 2
     for transposed in (False, True):
-        assert begun(P, mu, seed, (1 - mu) * seed, transposed).item() == pytest.approx(1 - mu)
-        assert begun(P, mu, noise, (1 - mu) * noise, transposed).item() == pytest.approx(1 - mu, rel=0.2)
-    assert begun(P, mu, flat, (1 - mu) * flat).item() == 1
+        assert begun(P, mu, seed, transposed).item() == pytest.approx(1 - mu)
+        assert begun(P, mu, noise, transposed).item() == pytest.approx(1 - mu, rel=0.2)
+        # Signals that the walk carries elsewhere are no start for themselves.
+        assert begun(P, mu, seed, transposed, itself=True).item() == 0
+        assert begun(P, mu, noise, transposed, itself=True).item() == 0
+    for itself in (False, True):
+        assert begun(P, mu, flat, itself=itself).item() == 1
     assert int(gd.solve(P, flat, mu, solver=SSOR).steps) == 0
     # An answer that is there already is not spoilt.
     y = gd.solve(P, noise, mu, tol=1e-12, solver=SSOR).value
