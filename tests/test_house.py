@@ -46,6 +46,7 @@ FLOORS = {
             "solvers.chebyshev",
             "solvers.cg",
             "solvers.triangles",
+            "solvers.groups",
             "solvers.starts",
             "solvers.sweeps",
             "solvers.ssor",

@@ -63,15 +63,17 @@ class Triangles(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """The operator, µ, a shadow [N], triangles, and memory to sweep in.
+    """The operator, µ, a shadow [N], triangles, those for signals alone, and memory to sweep in.
 
-    Triangles are one for each µ, in the order of its leading dimensions and channels.
+    Triangles are one for each µ, in the order of its leading dimensions and channels; those for signals that
+    are swept alone are copies, whose edges stand as `groups` has them, made where there is such a signal.
     """
 
     operator: Transition
     mu: Tensor
     shadow: Any
     triangles: list[Triangles]
+    alone: dict[int, Triangles]
     memory: dict[int, dict[Any, Any]]
 
 
@@ -146,7 +148,7 @@ class DirectedSSOR(Solver):
         # One for all signals, which none is orthogonal to but by accident. Where the start is a single node,
         # its residual in this place takes up to 1.7 times as many steps.
         shadow = np.random.default_rng(0).uniform(-1.0, 1.0, nodes)
-        return Swept(operator, mu, shadow, triangles, {})
+        return Swept(operator, mu, shadow, triangles, {}, {})
 
     def solve(self, state: Swept, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
         """Iterate until the bound of each right-hand side is below its target."""
@@ -175,9 +177,19 @@ class _Block:
     """The memory for a line of signals, and what is swept in it."""
 
     def __init__(self, state: Swept, line: Line, memory: dict[Any, Any]) -> None:
-        operator, mu, self.shadow, triangles, _ = state
+        operator, mu, self.shadow, triangles, alone, _ = state
         number, self.width, self.place = line.number, line.width, (line.place, line.part)
-        self.triangles = found = triangles[number]
+        found = triangles[number]
+        if self.width > 1:
+            # No rows stand beside each other where signals do.
+            none = np.empty(0, np.uint32)
+            found = found._replace(lower=(*found.lower, none), upper=(*found.upper, none))
+        elif number in alone:
+            found = alone[number]
+        else:
+            lower, upper = map(_sweeps().copied_in_groups, (found.lower, found.upper))
+            found = alone[number] = found._replace(lower=lower, upper=upper)
+        self.triangles = found
         nodes, dtype = len(found.place), swept_dtype(found.lower)
         self.most = max(1, BURST // (2 * self.width * (len(found.lower[1]) + len(found.upper[1]) + nodes)))
         self.summed = norm_of(operator) == "one"

@@ -14,6 +14,7 @@ from numba import uint64
 
 from graphdiff.operators.compiled import compiled
 from graphdiff.operators.lanes import (
+    beside,
     larger,
     load,
     magnitude,
@@ -24,6 +25,7 @@ from graphdiff.operators.lanes import (
     zeros,
 )
 from graphdiff.operators.rows import block, equal, ordered
+from graphdiff.solvers.groups import EIGHT, ONE, back, copied_in_groups, forth, in_groups
 from graphdiff.solvers.starts import fitted, sized
 from graphdiff.solvers.sweeps import four_rows, taken
 from graphdiff.solvers.triangles import FOUR, of_row, split
@@ -31,9 +33,11 @@ from graphdiff.solvers.triangles import FOUR, of_row, split
 __all__ = [
     "begun",
     "block",
+    "copied_in_groups",
     "equal",
     "fitted",
     "gathered",
+    "in_groups",
     "iterated",
     "left",
     "moved",
@@ -83,11 +87,11 @@ def residual(
     sums: Any,
     lanes: Any,
 ) -> None:
-    """r = (I − L)⁻¹δ⁻¹ of the residual of y, in float64 from the walk itself; `sums` as of `moved`.
+    """r = (I − L)⁻¹δ⁻¹ of the residual of y, in float64 from the walk itself; `sums` as of `measured`.
 
     y [N, W], which is 0 if not `started`, is in float64, in units of 1/`unit` [1, W]; `inverse` is 1/δ.
     """
-    scale, (starts, nodes, values, gains) = load(unit, uint64(0), lanes), lower
+    scale, (starts, nodes, values, gains, _) = load(unit, uint64(0), lanes), lower
     begins, into, steps, factor = rows
     # The walk's rows as they lie in memory; in the order they would lie anywhere.
     for i in range(uint64(len(place))):
@@ -96,23 +100,24 @@ def residual(
         if started:
             v = v - (load(y, i, lanes) - of_row(begins, into, steps, y, i, lanes) * factor[i])
         store(r, a, narrow(v * inverse[i], r))
-    a0 = zeros(lanes)
-    a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
-    for a in range(uint64(len(weights))):
-        q = load(r, a, lanes) + of_row(starts, nodes, values, r, a, lanes) * gains[a]
-        store(r, a, q)
-        v = wide(q)
-        a0, a1, a2, a3 = a1, a2, a3, a0 + v * shadow[a]
-        v = magnitude(v) * weights[a]
-        b0, b1, b2, b3 = b1, b2, b3, b0 + v if summed else larger(b0, v)
-    store(sums, uint64(0), (a0 + a1) + (a2 + a3))
-    store(sums, uint64(1), (b0 + b1) + (b2 + b3) if summed else larger(larger(b0, b1), larger(b2, b3)))
+    if len(lanes) == 1:
+        forth(lower, r, r)
+    else:
+        for a in range(uint64(len(weights))):
+            store(r, a, load(r, a, lanes) + of_row(starts, nodes, values, r, a, lanes) * gains[a])
+    measured(r, shadow, weights, summed, sums, lanes)
 
 
 @compiled
 def _turned(upper: Any, r: Any, p: Any, v: Any, turn: Any, along: Any, t: Any, lanes: Any) -> None:
     """p ← r + turn·(p − along·v) and t = (I − U)⁻¹ p."""
-    starts, nodes, values, gains = upper
+    starts, nodes, values, gains, _ = upper
+    if len(lanes) == 1:
+        eights = uint64(len(p)) // uint64(len(EIGHT))
+        _turned_rows(r, p, v, turn[0, 0], along[0, 0], uint64(0), eights, EIGHT)
+        _turned_rows(r, p, v, turn[0, 0], along[0, 0], eights * uint64(len(EIGHT)), uint64(len(p)), ONE)
+        back(upper, p, t)
+        return
     beta, omega = load(turn, uint64(0), lanes), load(along, uint64(0), lanes)
     a = uint64(len(starts) - 1)
     while a > 0:
@@ -124,18 +129,46 @@ def _turned(upper: Any, r: Any, p: Any, v: Any, turn: Any, along: Any, t: Any, l
 
 
 @compiled
+def _turned_rows(
+    r: Any, p: Any, v: Any, turn: float, along: float, first: int, last: int, lanes: Any
+) -> None:
+    """p ← r + turn·(p − along·v) of one signal, whose nodes stand beside each other."""
+    for i in range(first, last):
+        store(p, i, load(r, i, lanes) + (load(p, i, lanes) - load(v, i, lanes) * along) * turn)
+
+
+@compiled
 def _seen(lower: Any, p: Any, t: Any, w: Any, shadow: Any, sums: Any, lanes: Any) -> None:
     """w = (I − L)⁻¹(p − t), and ⟨shadow, t + w⟩ into a row of `sums`."""
-    starts, nodes, values, gains = lower
-    s0 = zeros(lanes)
+    (starts, nodes, values, gains, _), first, s0 = lower, uint64(0), zeros(lanes)
     s1, s2, s3 = s0, s0, s0
-    for a in range(uint64(len(starts) - 1)):
+    if len(lanes) == 1:
+        _apart(p, t, w)
+        forth(lower, w, w)
+        parts, s = np.empty((4, 1), np.float64), zeros(FOUR)
+        while first + uint64(4) <= uint64(len(w)):
+            s = s + wide(beside(w, first, FOUR) + beside(t, first, FOUR)) * beside(shadow, first, FOUR)
+            first += uint64(4)
+        store(parts, uint64(0), s)
+        s0, s1, s2, s3 = four_rows(parts, uint64(0), lanes)
+    for a in range(first, uint64(len(starts) - 1)):
         direction = load(t, a, lanes)
-        q = load(p, a, lanes) - direction
-        q = q + of_row(starts, nodes, values, w, a, lanes) * gains[a]
-        store(w, a, q)
+        q = load(w, a, lanes)
+        if len(lanes) > 1:
+            q = load(p, a, lanes) - direction + of_row(starts, nodes, values, w, a, lanes) * gains[a]
+            store(w, a, q)
         s0, s1, s2, s3 = s1, s2, s3, s0 + wide(q + direction) * shadow[a]
     store(sums, uint64(0), (s0 + s1) + (s2 + s3))
+
+
+@compiled
+def _apart(a: Any, b: Any, difference: Any) -> None:
+    """a − b of one signal [N, 1]."""
+    eights = uint64(len(a)) // uint64(len(EIGHT))
+    for i in range(eights):
+        store(difference, i, load(a, i, EIGHT) - load(b, i, EIGHT))
+    for i in range(eights * uint64(len(EIGHT)), uint64(len(a))):
+        store(difference, i, load(a, i, ONE) - load(b, i, ONE))
 
 
 @compiled
@@ -153,7 +186,14 @@ def _halfway(
     lanes: Any,
 ) -> None:
     """v = t + w, x ← x + across·t, r ← r − across·v and t ← (I − U)⁻¹ r; `best` is x before where better."""
-    starts, nodes, values, gains = upper
+    starts, nodes, values, gains, _ = upper
+    if len(lanes) == 1:
+        eights = uint64(len(r)) // uint64(len(EIGHT))
+        kept, step = keeping and better[0, 0] != 0, across[0, 0]
+        _halfway_rows(x, best, r, v, t, w, step, kept, uint64(0), eights, EIGHT)
+        _halfway_rows(x, best, r, v, t, w, step, kept, eights * uint64(len(EIGHT)), uint64(len(r)), ONE)
+        back(upper, r, t)
+        return
     alpha, mask = load(across, uint64(0), lanes), load(better, uint64(0), lanes)
     a = uint64(len(starts) - 1)
     while a > 0:
@@ -171,16 +211,53 @@ def _halfway(
 
 
 @compiled
+def _halfway_rows(
+    x: Any,
+    best: Any,
+    r: Any,
+    v: Any,
+    t: Any,
+    w: Any,
+    across: float,
+    kept: bool,
+    first: int,
+    last: int,
+    lanes: Any,
+) -> None:
+    """v = t + w, x ← x + across·t, r ← r − across·v of one signal; `best` is x before if it is to be kept."""
+    for i in range(first, last):
+        direction, here = load(t, i, lanes), load(x, i, lanes)
+        if kept:
+            store(best, i, here)
+        store(x, i, here + direction * across)
+        image = direction + load(w, i, lanes)
+        store(v, i, image)
+        store(r, i, load(r, i, lanes) - image * across)
+
+
+@compiled
 def _lessened(lower: Any, r: Any, t: Any, w: Any, sums: Any, lanes: Any) -> None:
     """w = (I − L)⁻¹(r − t); ⟨r, t + w⟩ and ⟨t + w, t + w⟩ into `sums`."""
-    starts, nodes, values, gains = lower
-    a0 = zeros(lanes)
+    (starts, nodes, values, gains, _), first, a0 = lower, uint64(0), zeros(lanes)
     a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
-    for a in range(uint64(len(starts) - 1)):
+    if len(lanes) == 1:
+        _apart(r, t, w)
+        forth(lower, w, w)
+        parts, s, square = np.empty((8, 1), np.float64), zeros(FOUR), zeros(FOUR)
+        while first + uint64(4) <= uint64(len(w)):
+            image = wide(beside(w, first, FOUR) + beside(t, first, FOUR))
+            s, square = s + image * wide(beside(r, first, FOUR)), square + image * image
+            first += uint64(4)
+        store(parts, uint64(0), s)
+        store(parts, uint64(1), square)
+        a0, a1, a2, a3 = four_rows(parts, uint64(0), lanes)
+        b0, b1, b2, b3 = four_rows(parts, uint64(4), lanes)
+    for a in range(first, uint64(len(starts) - 1)):
         direction, half = load(t, a, lanes), load(r, a, lanes)
-        q = half - direction
-        q = q + of_row(starts, nodes, values, w, a, lanes) * gains[a]
-        store(w, a, q)
+        q = load(w, a, lanes)
+        if len(lanes) > 1:
+            q = half - direction + of_row(starts, nodes, values, w, a, lanes) * gains[a]
+            store(w, a, q)
         image = wide(q + direction)
         a0, a1, a2, a3 = a1, a2, a3, a0 + image * wide(half)
         b0, b1, b2, b3 = b1, b2, b3, b0 + image * image
@@ -189,31 +266,30 @@ def _lessened(lower: Any, r: Any, t: Any, w: Any, sums: Any, lanes: Any) -> None
 
 
 @compiled
-def _moved_by_fours(
-    x: Any,
-    r: Any,
-    t: Any,
-    w: Any,
-    omega: Any,
-    shadow: Any,
-    weights: Any,
-    summed: bool,
-    parts: Any,
-    four: Any,
-) -> None:
-    """What `moved` does, for all nodes but the last three at most; its eight sums so far into `parts`."""
-    a = b = zeros(four)
-    for i in range(uint64(len(weights)) // uint64(4)):
-        direction = load(t, i, four)
-        store(x, i, load(x, i, four) + direction * omega)
-        q = load(r, i, four) - (direction + load(w, i, four)) * omega
-        store(r, i, q)
-        y = wide(q)
-        a = a + y * load(shadow, i, four)
-        y = magnitude(y) * load(weights, i, four)
-        b = b + y if summed else larger(b, y)
-    store(parts, uint64(0), a)
-    store(parts, uint64(1), b)
+def measured(r: Any, shadow: Any, weights: Any, summed: bool, sums: Any, lanes: Any) -> None:
+    """⟨shadow, r⟩ and, with weights, if `summed` Σ |r|, else max |r|, into `sums`."""
+    a0, first, count = zeros(lanes), uint64(0), uint64(len(weights))
+    a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
+    if len(lanes) == 1:
+        # Of one signal four nodes stand beside each other.
+        parts, a, b = np.empty((8, 1), np.float64), zeros(FOUR), zeros(FOUR)
+        while first + uint64(4) <= count:
+            y = wide(beside(r, first, FOUR))
+            a = a + y * beside(shadow, first, FOUR)
+            y = magnitude(y) * beside(weights, first, FOUR)
+            b = b + y if summed else larger(b, y)
+            first += uint64(4)
+        store(parts, uint64(0), a)
+        store(parts, uint64(1), b)
+        a0, a1, a2, a3 = four_rows(parts, uint64(0), lanes)
+        b0, b1, b2, b3 = four_rows(parts, uint64(4), lanes)
+    for i in range(first, count):
+        y = wide(load(r, i, lanes))
+        a0, a1, a2, a3 = a1, a2, a3, a0 + y * shadow[i]
+        y = magnitude(y) * weights[i]
+        b0, b1, b2, b3 = b1, b2, b3, b0 + y if summed else larger(b0, y)
+    store(sums, uint64(0), (a0 + a1) + (a2 + a3))
+    store(sums, uint64(1), (b0 + b1) + (b2 + b3) if summed else larger(larger(b0, b1), larger(b2, b3)))
 
 
 @compiled
@@ -229,17 +305,16 @@ def moved(
     sums: Any,
     lanes: Any,
 ) -> None:
-    """x ← x + along·t, r ← r − along·(t + w); ⟨shadow, r⟩, and Σ or max of |r| with weights, into `sums`."""
-    omega, a0, first = load(along, uint64(0), lanes), zeros(lanes), uint64(0)
-    a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
+    """x ← x + along·t, r ← r − along·(t + w); `sums` as of `measured`."""
+    omega, a0, count = load(along, uint64(0), lanes), zeros(lanes), uint64(len(weights))
     if len(lanes) == 1:
-        # Of one signal four nodes stand beside each other.
-        parts = np.empty((8, 1), np.float64)
-        _moved_by_fours(x, r, t, w, along[0, 0], shadow, weights, summed, parts, FOUR)
-        first = uint64(len(weights)) // uint64(4) * uint64(4)
-        a0, a1, a2, a3 = four_rows(parts, uint64(0), lanes)
-        b0, b1, b2, b3 = four_rows(parts, uint64(4), lanes)
-    for i in range(first, uint64(len(weights))):
+        eights = count // uint64(len(EIGHT))
+        _moved_rows(x, r, t, w, along[0, 0], uint64(0), eights, EIGHT)
+        _moved_rows(x, r, t, w, along[0, 0], eights * uint64(len(EIGHT)), count, ONE)
+        measured(r, shadow, weights, summed, sums, lanes)
+        return
+    a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
+    for i in range(count):
         direction = load(t, i, lanes)
         store(x, i, load(x, i, lanes) + direction * omega)
         q = load(r, i, lanes) - (direction + load(w, i, lanes)) * omega
@@ -250,6 +325,15 @@ def moved(
         b0, b1, b2, b3 = b1, b2, b3, b0 + y if summed else larger(b0, y)
     store(sums, uint64(0), (a0 + a1) + (a2 + a3))
     store(sums, uint64(1), (b0 + b1) + (b2 + b3) if summed else larger(larger(b0, b1), larger(b2, b3)))
+
+
+@compiled
+def _moved_rows(x: Any, r: Any, t: Any, w: Any, along: float, first: int, last: int, lanes: Any) -> None:
+    """x ← x + along·t and r ← r − along·(t + w) of one signal, whose nodes stand beside each other."""
+    for i in range(first, last):
+        direction = load(t, i, lanes)
+        store(x, i, load(x, i, lanes) + direction * along)
+        store(r, i, load(r, i, lanes) - (direction + load(w, i, lanes)) * along)
 
 
 @compiled(error_model="numpy")

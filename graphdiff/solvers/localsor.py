@@ -32,6 +32,7 @@ from graphdiff.operators.lanes import ahead, any_of, beside, larger, magnitude, 
 from graphdiff.operators.rows import block
 from graphdiff.solvers import directed_sweeps, sweeps
 from graphdiff.solvers.directed_ssor import DirectedSSOR
+from graphdiff.solvers.groups import in_groups
 from graphdiff.solvers.push import EDGES, PART, Array, Columns
 from graphdiff.solvers.ranks import ranked
 from graphdiff.solvers.ssor import SSOR, swept_dtype
@@ -79,7 +80,8 @@ def prepared(P: Transition, mu: float, reversible: bool) -> Whole:
     # No residual is computed by the rows of Pᵀ, so they need not be kept: P's stand in their place.
     (found,) = directed.triangles
     rows = matrix.indptr, matrix.indices, matrix.data, found.rows[-1]
-    return Whole(found._replace(rows=rows), shadow=directed.shadow)
+    lower, upper = map(in_groups, (found.lower, found.upper))
+    return Whole(found._replace(rows=rows, lower=lower, upper=upper), shadow=directed.shadow)
 
 
 class Local:

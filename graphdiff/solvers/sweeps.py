@@ -19,7 +19,6 @@ from numba import njit, uint64
 
 from graphdiff.operators.compiled import compiled
 from graphdiff.operators.lanes import (
-    any_in,
     beside,
     larger,
     load,
@@ -35,6 +34,7 @@ from graphdiff.operators.lanes import (
     zeros,
 )
 from graphdiff.operators.rows import block
+from graphdiff.solvers.groups import EIGHT, GROUP, in_groups
 from graphdiff.solvers.starts import fitted, sized
 from graphdiff.solvers.triangles import FOUR, of_row, split
 
@@ -52,64 +52,6 @@ __all__ = [
     "taken",
     "told",
 ]
-
-# Rows of a group, and the number of edges with which a row belongs to none.
-GROUP, LONG = 8, 16
-EIGHT = (0,) * GROUP
-
-# --- rows beside each other
-
-
-def in_groups(triangle: Any) -> Any:
-    """A triangle, whose edges change their places, and its runs, as `grouped` has them."""
-    # Between two runs of groups stands a row at least.
-    runs = np.empty(2 * (len(triangle[0]) // (GROUP + 1) + 3), np.uint32)
-    return *triangle, runs[: grouped(*triangle[:3], runs)]
-
-
-@compiled
-def grouped(starts: Any, nodes: Any, values: Any, runs: Any) -> Any:
-    """How many `runs` there are: in turn rows one after the other and groups, from row 0 on; each one's end.
-
-    A group is of `GROUP` rows that follow each other, none of which depends on another, with as many edges,
-    less than `LONG`. Where their edges stand the first of each row come first, then the second.
-    """
-    group, longest = uint64(GROUP), uint64(LONG - 1)
-    numbers, weights = np.empty(GROUP * LONG, nodes.dtype), np.empty(GROUP * LONG)
-    count, alike, length, ends = uint64(len(starts) - 1), uint64(0), uint64(0), uint64(0)
-    for a in range(uint64(1), count + uint64(1)):
-        edges = uint64(starts[a]) - uint64(starts[a - uint64(1)])
-        alike = alike + uint64(1) if edges == length else uint64(1)
-        length = edges
-        if alike < group or length > longest:
-            continue
-        alike = uint64(0)
-        row, first = a - group, uint64(starts[a - group])
-        inside = False
-        for e in range(uint64(0), length * group, group):
-            some = beside(nodes, first + e, EIGHT)
-            inside |= any_in(some, row, group)
-            put(numbers, e, some)
-            if values is not None:
-                put(weights, e, wide(beside(values, first + e, EIGHT)))
-        if inside:
-            continue
-        # One edge a row is in order as it is.
-        for e in range(length if length > uint64(1) else uint64(0)):
-            for k in range(group):
-                into, of = first + e * group + k, k * length + e
-                nodes[into] = numbers[of]
-                if values is not None:
-                    values[into] = weights[of]
-        if ends and runs[ends - uint64(1)] == row:
-            runs[ends - uint64(1)] = a
-        else:
-            runs[ends], runs[ends + uint64(1)] = row, a
-            ends += uint64(2)
-    if not ends or runs[ends - uint64(1)] < count:
-        runs[ends] = runs[ends + uint64(1)] = count
-        ends += uint64(2)
-    return ends
 
 
 # --- a block of signals
