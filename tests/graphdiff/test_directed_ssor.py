@@ -193,6 +193,94 @@ def test_a_start_is_kept_to_its_last_digit():
         torch.testing.assert_close(sol.value, exact, rtol=0, atol=1e-10)
 
 
+def of_equal_rows(nodes, seed):
+    """A walk most of whose ways are one way, many of whose nodes have as many edges as others."""
+    random = np.random.default_rng(seed)
+    length = np.repeat(random.integers(1, 2 + seed % 20, 1 + nodes // 20), 20)[:nodes]
+    rows = np.repeat(np.arange(nodes), length)
+    columns = random.integers(0, np.where(random.random(len(rows)) < 0.5, 1 + nodes // 8, nodes))
+    weights = random.choice([0.5, 1.0, 2.0], len(rows)) if seed % 2 else np.ones(len(rows))
+    W = sparse.coo_array((weights, (rows, columns)), (nodes, nodes)).tocsr()
+    if not seed % 2:
+        W.data[:] = 1
+    return gd.SparseTransition.from_scipy(W)
+
+
+@with_numba
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(20, 300), st.integers(0, 2**20), st.booleans(), st.booleans(), st.booleans(), st.booleans()
+)
+def test_steps_of_one_signal_have_the_bits_they_have_in_company(
+    nodes, seed, narrow, summed, kept, transposed
+):
+    from graphdiff.solvers import directed_sweeps as sweeps
+
+    P, random = of_equal_rows(nodes, seed), np.random.default_rng(seed)
+    P = P.T if transposed else P
+    L, U, _, found = triangles(P, 0.9, narrow)
+    dtype = "f4" if narrow else "f8"
+    vectors = random.standard_normal((7, nodes, 8)).astype(dtype)
+    scales, shadow = random.random((3, 1, 8)).astype(dtype), random.standard_normal(nodes)
+    weights, none = random.random(nodes), np.empty(0, "u4")
+
+    def swept(some):
+        lanes = (0,) * len(some)
+        x, best, r, p, v, t, w = (np.ascontiguousarray(vector[:, some]) for vector in vectors)
+        turn, along, across = (np.ascontiguousarray(scale[:, some]) for scale in scales)
+        better, sums = np.full_like(turn, float(kept)), np.zeros((5, 2, len(some)))
+        lower, upper = ((*half, none) for half in (found.lower, found.upper))
+        if len(some) == 1:
+            lower, upper = map(sweeps.copied_in_groups, (found.lower, found.upper))
+        seen = [(x, best, r)]
+        sweeps._turned(upper, r, p, v, turn, along, t, lanes)
+        seen.append((p, t))
+        sweeps._seen(lower, p, t, w, shadow, sums[0], lanes)
+        seen.append((w,))
+        seen = [tuple(y.copy() for y in some) for some in seen]
+        sweeps._halfway(upper, x, best, r, v, t, w, across, better, kept, lanes)
+        seen.append(tuple(y.copy() for y in (x, best, r, v, t)))
+        sweeps._lessened(lower, r, t, w, sums[1], lanes)
+        seen.append((w.copy(),))
+        sweeps.moved(x, r, t, w, along, shadow, weights, summed, sums[2], lanes)
+        seen.append((x, r))
+        sweeps.measured(v, shadow, weights, summed, sums[3], lanes)
+        return [y for some in seen for y in some], sums
+
+    together, sums = swept(range(8))
+    for k in (0, 7):
+        alone, its_sums = swept([k])
+        for ours, wanted in zip(alone, together, strict=True):
+            assert np.array_equal(ours, wanted[:, [k]])
+        assert np.array_equal(its_sums, sums[..., [k]])
+    x, best, r, p, t, w, x1, best1, r1, v1, t1, w1, x2, r2 = (
+        torch.from_numpy(y.astype("f8")) for y in together
+    )
+    turn, along, across = (torch.from_numpy(scale.astype("f8")) for scale in scales)
+    near = {"rtol": 1e-3 if narrow else 1e-11, "atol": 1e-3 if narrow else 1e-11}
+    given_p, given_v = (torch.from_numpy(vectors[k].astype("f8")) for k in (3, 4))
+    torch.testing.assert_close(p, r + turn * (given_p - along * given_v), **near)
+    torch.testing.assert_close(t - U @ t, p, **near)
+    torch.testing.assert_close(w - L @ w, p - t, **near)
+    torch.testing.assert_close(best1, x if kept else best, **near)
+    torch.testing.assert_close(x1, x + across * t, **near)
+    torch.testing.assert_close(v1, t + w, **near)
+    torch.testing.assert_close(r1, r - across * v1, **near)
+    torch.testing.assert_close(t1 - U @ t1, r1, **near)
+    torch.testing.assert_close(w1 - L @ w1, r1 - t1, **near)
+    torch.testing.assert_close(x2, x1 + along * t1, **near)
+    torch.testing.assert_close(r2, r1 - along * (t1 + w1), **near)
+    near = {"rtol": 1e-3 if narrow else 1e-9, "atol": 1e-3 if narrow else 1e-9}
+    for y, found_sums in ((r2, sums[2]), (v1, sums[3])):
+        most = (y.abs() * torch.from_numpy(weights)[:, None]).sum(0)
+        most = most if summed else (y.abs() * torch.from_numpy(weights)[:, None]).amax(0)
+        wanted = torch.stack([torch.from_numpy(shadow) @ y, most])
+        torch.testing.assert_close(torch.from_numpy(found_sums), wanted, **near)
+    torch.testing.assert_close(torch.from_numpy(sums[0, 0]), torch.from_numpy(shadow) @ (t + w), **near)
+    wanted = torch.stack([(r1 * (t1 + w1)).sum(0), (t1 + w1).square().sum(0)])
+    torch.testing.assert_close(torch.from_numpy(sums[1]), wanted, **near)
+
+
 @with_numba
 @pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
