@@ -195,6 +195,44 @@ def equal(starts: Any, values: Any) -> bool:
     return True
 
 
+def mirrored(starts: Any, nodes: Any, values: Any) -> tuple[Any, Any, Any] | None:
+    """The mirror images of all edges by rows, starts and nodes, uint32; and the inverse of a row's values.
+
+    For less than 2³² edges, where the values of a row are one number. That is [N] float64, 1 where a row is
+    empty; None where it is 0.
+    """
+    count = len(starts) - 1
+    begins, place, into, divisor = block(
+        (count + 1, np.uint32), (count, np.uint32), (len(nodes), np.uint32), (count, np.float64)
+    )
+    fine = _mirrored(starts, nodes, values, begins, place, into, divisor)
+    return (begins, into, divisor) if fine else None
+
+
+@compiled
+def _mirrored(starts: Any, nodes: Any, values: Any, begins: Any, place: Any, into: Any, divisor: Any) -> bool:
+    """Fills what `mirrored` returns; whether no value is 0."""
+    count, one = uint64(len(divisor)), uint64(1)
+    begins[:] = 0
+    for e in range(uint64(len(nodes))):
+        begins[uint64(nodes[e]) + one] += np.uint32(1)
+    for i in range(count):
+        place[i] = begins[i]
+        begins[i + one] += begins[i]
+    for i in range(count):
+        first, last = uint64(starts[i]), uint64(starts[i + one])
+        divisor[i] = 1.0
+        if first < last:
+            if values[first] == 0:
+                return False
+            divisor[i] = 1 / float(values[first])
+        for e in range(first, last):
+            j = uint64(nodes[e])
+            into[uint64(place[j])] = i
+            place[j] += np.uint32(1)
+    return True
+
+
 def symmetric(starts: Any, nodes: Any, weights: Any) -> bool:
     """Whether every edge has a mirror image of the very same weight, for rows in the order of their nodes.
 

@@ -48,11 +48,14 @@ OFTEN = 4
 class Triangles(NamedTuple):
     """µ, [N] or [1], and what is made of a walk for it: as `split` returns it, but weights sum a residual up.
 
+    The answer is the scale, [N] or [1], times what the triangles solve for.
+
     With ρ = (I − L)⁻¹δ⁻¹ times the residual the bound times max |ρ|, or Σ |ρ| with the weights where norms
     are sums, bounds the error.
     """
 
     mu: Any
+    scale: Any
     place: Any
     lower: Any
     upper: Any
@@ -131,23 +134,26 @@ class DirectedSSOR(Solver):
         sweeps = _sweeps()
         if sweeps is None:
             raise ImportError("solver: DirectedSSOR needs numba; pip install numba, or use BiCGSTAB()")
-        P, nodes, summed = operator.to_scipy(), operator.shape[-1], norm_of(operator) == "one"
+        nodes, summed = operator.shape[-1], norm_of(operator) == "one"
+        rows, equal, scale = _rows(operator, summed)
         # That of the transpose has rows of other lengths.
-        order = sweeps.ordered(P.indptr, P.indices) if summed else operator.sweep_order()
-        equal = sweeps.equal(P.indptr, P.data) if summed else operator.equal_steps()
-        rows, triangles = (P.indptr, P.indices, P.data), []
+        order, triangles = sweeps.ordered(*rows[:2]) if summed else operator.sweep_order(), []
         for m, remaining in each_mu(operator, mu):
             dtype = np.float32 if 1 - m.max() >= NEAR else np.float64
             across = np.zeros(nodes) if summed else None
             place, lower, upper, by_rows, inverse, _, bound = sweeps.split(
-                *rows, order, equal, m, remaining, dtype, across=across
+                *rows, order, equal, m, remaining, dtype, across=across, scale=scale
             )
             weights = np.ones(nodes) if across is None else across
             bound = bound if across is None else 1 / remaining.min()
-            triangles.append(Triangles(m, place, lower, upper, by_rows, inverse, weights, bound))
+            each = np.ones(1) if scale is None else scale
+            triangles.append(Triangles(m, each, place, lower, upper, by_rows, inverse, weights, bound))
         # One for all signals, which none is orthogonal to but by accident. Where the start is a single node,
         # its residual in this place takes up to 1.7 times as many steps.
         shadow = np.random.default_rng(0).uniform(-1.0, 1.0, nodes)
+        if scale is not None:
+            # What the triangles leave of a residual is smaller by the scale then.
+            shadow *= scale[order]
         return Swept(operator, mu, shadow, triangles, {}, {})
 
     def solve(self, state: Swept, rhs: Tensor, initial: Tensor, target: Tensor, limits: Limits) -> Iterate:
@@ -219,15 +225,25 @@ class _Block:
         started = sweeps.sized(given, start, triangles.mu, size, itself, share, lanes)
         unit = (1 / size).reshape(1, -1)
         if started and itself.any():
-            guess = triangles.rows, np.ones(1), triangles.mu, given, start, unit, False
-            fitted = share.copy()
+            scaled, fitted = len(triangles.scale) > 1, share.copy()
+            rows = *triangles.rows[:3], triangles.rows[3] / triangles.scale
+            guess = rows, triangles.scale, triangles.mu, given, start, unit, scaled
             sweeps.fitted(*guess, itself, fitted, lanes)
             # All of it or nothing, for energy is no measure of a walk that is not symmetric.
             share = np.where(itself != 0, np.ceil(fitted), share)
             started = share.any()
         done.started[place] = share[0, :width] != 0
-        sweeps.begun(start, unit * share, y, lanes)
-        system = triangles.rows, triangles.place, triangles.inverse, triangles.lower, given, unit, y
+        sweeps.begun(start, unit * share, triangles.scale, y, lanes)
+        system = (
+            triangles.rows,
+            triangles.place,
+            triangles.inverse,
+            triangles.lower,
+            given,
+            unit,
+            triangles.scale,
+            y,
+        )
         summing = self.shadow, triangles.weights, self.summed
         sweeps.residual(*system, started, r, *summing, sums, lanes)
         factor = size * triangles.bound
@@ -267,9 +283,27 @@ class _Block:
         if earlier.any():
             x[:, earlier] = best[:, earlier]
         done.bound[place] = least[:width]
-        sweeps.left(triangles.place, y, x, size.reshape(1, -1), found, lanes)
+        sweeps.left(triangles.place, triangles.scale, y, x, size.reshape(1, -1), found, lanes)
         if found is not wanted:
             wanted[:] = found[:, :width]
+
+
+def _rows(operator: Transition, summed: bool) -> tuple[tuple[Any, Any, Any], bool, Any]:
+    """Row starts, nodes and values, or None; whether those of a row are one number; and a scale, or None.
+
+    Of Pᵀ all values of a column are one number where all steps of the walk P from a node are equally likely.
+    With D the inverses of these numbers Pᵀ = AD⁻¹ with ones in A, and (D − MA) z = b for x = Dz.
+    """
+    sweeps = _sweeps()
+    if summed and operator.T.equal_steps():
+        P = operator.T.to_scipy()
+        images = sweeps.mirrored(P.indptr, P.indices, P.data)
+        if images is not None:
+            starts, nodes, scale = images
+            return (starts, nodes, None), True, scale
+    P = operator.to_scipy()
+    equal = sweeps.equal(P.indptr, P.data) if summed else operator.equal_steps()
+    return (P.indptr, P.indices, P.data), equal, None
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from graphdiff.operators.lanes import (
     wide,
     zeros,
 )
-from graphdiff.operators.rows import block, equal, ordered
+from graphdiff.operators.rows import block, equal, mirrored, ordered
 from graphdiff.solvers.groups import EIGHT, ONE, back, copied_in_groups, forth, in_groups
 from graphdiff.solvers.starts import fitted, sized
 from graphdiff.solvers.sweeps import four_rows, taken
@@ -40,6 +40,7 @@ __all__ = [
     "in_groups",
     "iterated",
     "left",
+    "mirrored",
     "moved",
     "ordered",
     "residual",
@@ -49,12 +50,12 @@ __all__ = [
 ]
 
 
-@compiled
-def begun(start: Any, unit: Any, y: Any, lanes: Any) -> None:
-    """The start [N, W] as y, in units of 1/`unit` [1, W]."""
-    scale = load(unit, uint64(0), lanes)
+@compiled(error_model="numpy")
+def begun(start: Any, unit: Any, scale: Any, y: Any, lanes: Any) -> None:
+    """The start [N, W] over the scale, [N] or [1], as y, in units of 1/`unit` [1, W]."""
+    size, each = load(unit, uint64(0), lanes), uint64(len(scale) > 1)
     for i in range(uint64(len(y))):
-        store(y, i, wide(load(start, i, lanes)) * scale)
+        store(y, i, wide(load(start, i, lanes)) * size * (1 / scale[i * each]))
 
 
 @compiled
@@ -78,6 +79,7 @@ def residual(
     lower: Any,
     given: Any,
     unit: Any,
+    scale: Any,
     y: Any,
     started: bool,
     r: Any,
@@ -89,16 +91,22 @@ def residual(
 ) -> None:
     """r = (I − L)⁻¹δ⁻¹ of the residual of y, in float64 from the walk itself; `sums` as of `measured`.
 
-    y [N, W], which is 0 if not `started`, is in float64, in units of 1/`unit` [1, W]; `inverse` is 1/δ.
+    y [N, W], which is 0 if not `started`, is in float64, in units of 1/`unit` [1, W]; `inverse` is 1/δ. The
+    answer is the scale, [N] or [1], times y.
     """
-    scale, (starts, nodes, values, gains, _) = load(unit, uint64(0), lanes), lower
+    size, each, (starts, nodes, values, gains, _) = (
+        load(unit, uint64(0), lanes),
+        uint64(len(scale) > 1),
+        lower,
+    )
     begins, into, steps, factor = rows
     # The walk's rows as they lie in memory; in the order they would lie anywhere.
     for i in range(uint64(len(place))):
         a = uint64(place[i])
-        v = wide(load(given, i, lanes)) * scale
+        v = wide(load(given, i, lanes)) * size
         if started:
-            v = v - (load(y, i, lanes) - of_row(begins, into, steps, y, i, lanes) * factor[i])
+            here = load(y, i, lanes) * scale[i * each]
+            v = v - (here - of_row(begins, into, steps, y, i, lanes) * factor[i])
         store(r, a, narrow(v * inverse[i], r))
     if len(lanes) == 1:
         forth(lower, r, r)
@@ -389,9 +397,9 @@ def iterated(
 
 
 @compiled
-def left(place: Any, y: Any, x: Any, size: Any, found: Any, lanes: Any) -> None:
-    """y + x in the units of the right-hand sides into `found` [N, W]."""
-    scale = load(size, uint64(0), lanes)
+def left(place: Any, scale: Any, y: Any, x: Any, unit: Any, found: Any, lanes: Any) -> None:
+    """The scale, [N] or [1], times y + x in the units of the right-hand sides into `found` [N, W]."""
+    size, each = load(unit, uint64(0), lanes), uint64(len(scale) > 1)
     for i in range(uint64(len(place))):
         here = load(y, i, lanes) + wide(load(x, uint64(place[i]), lanes))
-        store(found, i, narrow(here * scale, found))
+        store(found, i, narrow(here * (size * scale[i * each]), found))

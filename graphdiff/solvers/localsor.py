@@ -60,7 +60,7 @@ class Whole(NamedTuple):
 
     Attributes:
         triangles: The solver's.
-        degree: d of a reversible walk, [N], else None.
+        degree: What the answer is to be multiplied by, [N], or None.
         shadow: That of `DirectedSSOR`, [N], else None.
     """
 
@@ -81,7 +81,8 @@ def prepared(P: Transition, mu: float, reversible: bool) -> Whole:
     (found,) = directed.triangles
     rows = matrix.indptr, matrix.indices, matrix.data, found.rows[-1]
     lower, upper = map(in_groups, (found.lower, found.upper))
-    return Whole(found._replace(rows=rows, lower=lower, upper=upper), shadow=directed.shadow)
+    degree = found.scale if len(found.scale) > 1 else None
+    return Whole(found._replace(rows=rows, lower=lower, upper=upper), degree, directed.shadow)
 
 
 class Local:
@@ -315,7 +316,17 @@ class _Directed(_Steps):
     def _enter(self, given: Array) -> None:
         found, r = self._whole.triangles, self._vectors[1]
         directed_sweeps.residual(
-            *(found.rows, found.place, found.inverse, found.lower, given, self._unit, given, False),
+            *(
+                found.rows,
+                found.place,
+                found.inverse,
+                found.lower,
+                given,
+                self._unit,
+                found.scale,
+                given,
+                False,
+            ),
             *(r, self._whole.shadow, self._weights, True, self._sums, ALONE),
         )
 

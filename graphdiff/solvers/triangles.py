@@ -47,6 +47,7 @@ def split(
     dtype: Any,
     degree: Any = None,
     across: Any = None,
+    scale: Any = None,
 ) -> Any:
     """The places of the nodes, [N] uint32; L and U, in a dtype; MP by rows; 1/δ; weights; and a bound.
 
@@ -55,6 +56,8 @@ def split(
     times a residual r. Then max |r| / `remaining` is at most the bound times max |ρ|; Σ |r| at most Σ |ρ|
     times what is added to `across` [N], if given; and Σ d |r| at most Σ |ρ| times the second of the weights
     [2, N], the first of which are ω = dδ/µ. Both are 0 where µ is, and so is 1/δ: there the answer is known.
+
+    Values may be None where all are 1. With a `scale` [N] that stands in the place of I, δ = scale − µ P_ii.
 
     A triangle is where its rows start, its numbers and their weights, or None where these all are 1, and the
     gains of its rows. MP is likewise the rows of P with a factor [N]. Of what is [N] weights and `across` are
@@ -71,7 +74,7 @@ def split(
     bound = _split(
         *(starts, nodes, values, order, mu, remaining),
         *(ends.reshape(2, -1), place, factor, inverse, gains, into, None if equal else of),
-        *(degree, weights, across),
+        *(degree, weights, across, scale),
     )
     triangles = []
     for first, begins in zip((0, edges + 1), ends.reshape(2, -1), strict=True):
@@ -99,6 +102,7 @@ def _split(
     degree: Any,
     weights: Any,
     across: Any,
+    scale: Any,
 ) -> float:
     """The bound; L and U, each in a half of `into` and of `of`, which is None if steps are equal."""
     count, one = uint64(len(order)), uint64(1)
@@ -113,7 +117,8 @@ def _split(
         if a + SOON < count:
             soon = uint64(starts[uint64(order[a + SOON])])
             ahead(nodes, soon)
-            ahead(values, soon)
+            if values is not None:
+                ahead(values, soon)
         i, loop, before, later = uint64(order[a]), 0.0, 0.0, 0.0
         begin, last, left, right = uint64(starts[i]), uint64(starts[i + one]), first, second
         for e in range(begin, last):
@@ -128,13 +133,15 @@ def _split(
                 later += float(further) * values[e]
                 loop += float(one - sooner - further) * values[e]
             first, second = first + sooner, second + further
-        share = values[begin] if begin < last else 0.0
+        share = 1.0
+        if values is not None:
+            share = values[begin] if begin < last else 0.0
         if of is None:
             before, later = share * float(first - left), share * float(second - right)
             loop = share * float((last - begin) - (first - left) - (second - right))
         ends[0, a + one], ends[1, a + one] = first, second - half
         rate = mu[i * each]
-        diagonal = 1 - rate * loop
+        diagonal = (1.0 if scale is None else scale[i]) - rate * loop
         inverse[i], factor[i] = 1 / diagonal if rate > 0 else 0.0, rate * (share if of is None else 1.0)
         gains[a] = factor[i] / diagonal
         bound = max(bound, (diagonal + rate * before) / remaining[i * every])
@@ -153,7 +160,10 @@ def _split(
             across[a] += diagonal
             for e in range(begin, last):
                 b = uint64(place[uint64(nodes[e])])
-                across[b] += float(uint64(b < a)) * (rate * values[e])
+                more = rate * float(uint64(b < a))
+                if values is not None:
+                    more *= values[e]
+                across[b] += more
     return bound
 
 

@@ -67,11 +67,17 @@ def triangles(P, mu, narrow=False):
     st.booleans(),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
 )
 def test_the_triangles_are_those_of_the_system_and_what_bounds_the_residual_does(
-    nodes, seed, mu, each, transposed, loops
+    nodes, seed, mu, each, transposed, loops, equal
 ):
     P = one_way(nodes, seed, loops)
+    if equal:
+        P = gd.SparseTransition.from_scipy((P.to_scipy() != 0).astype("f8"))
+    # As on a path.
+    equal = P.equal_steps()
+    scale = P.to_scipy().count_nonzero(axis=1) if equal and transposed else np.ones(1)
     P = P.T if transposed else P
     g = torch.Generator().manual_seed(seed)
     m = mu * torch.rand(nodes, generator=g, **f64) if each else torch.full((nodes,), mu, **f64)
@@ -79,7 +85,11 @@ def test_the_triangles_are_those_of_the_system_and_what_bounds_the_residual_does
     assert sorted(order.tolist()) == list(range(nodes))
     assert (L.triu() == 0).all()
     assert (U.tril() == 0).all()
-    system = (torch.eye(nodes, **f64) - m[:, None] * P.dense())[order][:, order]
+    assert found.scale == pytest.approx(scale, rel=1e-15)
+    assert not equal or found.lower[2] is None
+    # In the answer over the scale.
+    system = (torch.eye(nodes, **f64) - m[:, None] * P.dense()) * torch.from_numpy(found.scale)
+    system = system[order][:, order]
     diagonal = system.diagonal()
     torch.testing.assert_close(system / diagonal[:, None], torch.eye(nodes, **f64) - L - U)
     for rough, exact in zip(triangles(P, m if each else mu, narrow=True), (L, U), strict=False):
@@ -100,6 +110,38 @@ def test_the_triangles_are_those_of_the_system_and_what_bounds_the_residual_does
         rho = torch.eye(nodes, **f64)[:, 0]
         residual = diagonal * (rho - L @ rho)
         torch.testing.assert_close(residual.abs().sum() / rest.min(), found.bound * weights[0])
+
+
+@with_numba
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 60), st.integers(0, 2**20), st.booleans(), st.booleans(), st.booleans(), st.booleans())
+def test_answers_on_a_graph_without_weights_are_those_of_the_dense_system(
+    nodes, seed, each, narrow, started, transposed
+):
+    g, random = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+    W = random.random((nodes, nodes)) < random.choice([0.02, 0.1, 0.5])
+    dtype = torch.float32 if narrow else torch.float64
+    # Nodes without an edge out stay where they are.
+    P = gd.SparseTransition.from_scipy(sparse.csr_array(W.astype("f8")), dangling="self").to(dtype)
+    P = P.T if transposed else P
+    mu = torch.rand(nodes, 1, generator=g, **f64).mul(0.95) if each else torch.tensor([[0.9]], **f64)
+    mu = torch.where(torch.rand(mu.shape, generator=g) < 0.2, 0.0, mu).to(dtype) if each else mu.to(dtype)
+    s = torch.randn(nodes, 5, generator=g, **f64).to(dtype)
+    s[:, 1], s[:, 2] = torch.eye(nodes, dtype=dtype)[:, 0], 1.0
+    start = torch.randn(nodes, 5, generator=g, **f64).to(dtype) if started else None
+    sol = gd.solve(P, s, mu, solver=DirectedSSOR, initial=start)
+    assert sol.converged.all()
+    exact = torch.linalg.solve(
+        torch.eye(nodes, **f64) - mu.double() * P.dense().double(), (1 - mu.double()) * s.double()
+    )
+    apart = (sol.value.double() - exact).abs()
+    error = apart.sum(0) if transposed else apart.amax(0)
+    assert (error <= sol.error_bound.squeeze() + 1e-12).all()
+    for k in (0, 2):
+        guess = None if start is None else start[:, k]
+        alone = gd.solve(P, s[:, k], mu, solver=DirectedSSOR, initial=guess)
+        assert torch.equal(alone.value, sol.value[:, k])
+        assert torch.equal(alone.matvecs, sol.matvecs[k])
 
 
 @with_numba

@@ -473,6 +473,27 @@ def test_steps_are_equal_where_each_row_is_one_number(given):
     assert rows.equal(starts, values) == wanted
 
 
+@pytest.mark.parametrize("integers", ["i4", "i8"])
+@given(st.integers(1, 40), st.integers(0, 2**20), st.booleans())
+def test_mirror_images_are_those_of_the_transpose(integers, nodes, seed, nothing):
+    rows = pytest.importorskip("graphdiff.operators.rows")
+    random = np.random.default_rng(seed)
+    A = sp.csr_array(random.random((nodes, nodes)) < random.choice([0.0, 0.1, 0.6])).astype("f8")
+    starts, numbers, value = A.indptr.astype(integers), A.indices.astype(integers), random.random(nodes) + 0.1
+    values = np.repeat(value, np.diff(starts))
+    if nothing and len(values):
+        # A row of zeros has no inverse.
+        row = int(np.flatnonzero(np.diff(starts))[0])
+        values[starts[row] : starts[row + 1]] = 0
+        assert rows.mirrored(starts, numbers, values) is None
+        return
+    begins, images, inverse = rows.mirrored(starts, numbers, values)
+    wanted = A.T.tocsr()
+    assert np.array_equal(begins, wanted.indptr)
+    assert np.array_equal(images, wanted.indices)
+    assert np.array_equal(inverse, np.where(np.diff(starts) > 0, 1 / value, 1))
+
+
 def test_steps_of_graphs_without_weights_are_equal_and_of_others_are_looked_at():
     pytest.importorskip("numba")
     A = sp.random_array((40, 40), density=0.1, rng=np.random.default_rng(0)).tocsr()
