@@ -223,8 +223,8 @@ def top_k(
     the same P do not. Kept beside P are three numbers a node and, once a query has become a solve on the
     whole graph, its edges in an order that is fast to multiply by: 12 bytes an edge (16 from 2³¹ edges on)
     and some 44 a node. Where numba is installed (extra `compiled`) a query is compiled, some times as fast;
-    then what is kept is made for one µ, that of the last such query: 8 bytes an edge (4 where the walk is
-    reversible and all steps from a node are equally likely) and some 64 a node. The first query after an
+    then what is kept is made for one µ, that of the last such query: 8 bytes an edge (4 where all steps
+    from a node are equally likely) and some 64 a node. The first query after an
     installation compiles for some seconds.
 
     Args:
