@@ -1,4 +1,4 @@
-"""Rows of a triangle beside each other: those that are as long and do not depend on each other, compiled.
+"""Rows of one length beside each other that do not depend on each other, of a triangle, compiled.
 
 A processor foresees where the rows of such a group end, and solves for one signal eight of them at a time.
 
