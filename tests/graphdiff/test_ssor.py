@@ -53,7 +53,7 @@ def unweighted(nodes, seed, loops=True):
 
 def rows_of(triangle):
     """The numbers and weights of each row of a triangle, in their order."""
-    from graphdiff.solvers.sweeps import GROUP
+    from graphdiff.solvers.groups import GROUP
 
     starts, numbers, values, _, runs = triangle
     values = np.ones(len(numbers)) if values is None else values
@@ -245,7 +245,7 @@ def of_too_many_colours():
     st.lists(st.tuples(st.integers(0, 20), st.integers(1, 30)), min_size=1, max_size=8), st.integers(0, 2**20)
 )
 def test_groups_are_of_independent_rows_of_one_length_and_lose_no_edge(lengths, seed):
-    from graphdiff.solvers import sweeps
+    from graphdiff.solvers import groups
 
     random = np.random.default_rng(seed)
     length = np.concatenate([[edges] * rows for edges, rows in lengths])
@@ -255,11 +255,11 @@ def test_groups_are_of_independent_rows_of_one_length_and_lose_no_edge(lengths, 
     numbers = np.maximum(np.repeat(np.arange(nodes), length) + 440 - back, 0).astype("u4")
     values, runs = np.arange(len(numbers), dtype="f4"), np.zeros(2 * (nodes // 9) + 5, "u4")
     found = numbers.copy(), values.copy()
-    runs = runs[: sweeps.grouped(starts, *found, runs)].astype("i8")
+    runs = runs[: groups.grouped(starts, *found, runs)].astype("i8")
     assert runs[-1] == nodes
     # As of rows without weights.
     without, again = numbers.copy(), np.zeros_like(runs, "u4")
-    assert sweeps.grouped(starts, without, None, again) == len(runs)
+    assert groups.grouped(starts, without, None, again) == len(runs)
     assert np.array_equal(without, found[0])
     assert np.array_equal(again, runs)
     assert (np.diff(runs) >= 0).all()
@@ -269,19 +269,19 @@ def test_groups_are_of_independent_rows_of_one_length_and_lose_no_edge(lengths, 
         assert np.array_equal(weights, values[starts[a] : starts[a + 1]])
     alone = np.ones(nodes, bool)
     for first, last in zip(runs[::2], runs[1::2], strict=True):
-        assert (last - first) % sweeps.GROUP == 0
+        assert (last - first) % groups.GROUP == 0
         alone[first:last] = False
-        for a in range(first, last, sweeps.GROUP):
-            group = range(a, a + sweeps.GROUP)
-            assert length[a] < sweeps.LONG
+        for a in range(first, last, groups.GROUP):
+            group = range(a, a + groups.GROUP)
+            assert length[a] < groups.LONG
             assert len({length[b] for b in group}) == 1
             assert not any(n in group for b in group for n in rows[b][0])
     # Of rows that could be in a group few are not.
-    for a in range(nodes - 2 * sweeps.GROUP):
-        some = slice(a, a + 2 * sweeps.GROUP)
-        if len(set(length[some])) == 1 and length[a] < sweeps.LONG:
-            numbers_of = numbers[starts[a] : starts[a + 2 * sweeps.GROUP]].astype("i8")
-            if not ((numbers_of >= a) & (numbers_of < a + 2 * sweeps.GROUP)).any():
+    for a in range(nodes - 2 * groups.GROUP):
+        some = slice(a, a + 2 * groups.GROUP)
+        if len(set(length[some])) == 1 and length[a] < groups.LONG:
+            numbers_of = numbers[starts[a] : starts[a + 2 * groups.GROUP]].astype("i8")
+            if not ((numbers_of >= a) & (numbers_of < a + 2 * groups.GROUP)).any():
                 assert not alone[some].all()
 
 
