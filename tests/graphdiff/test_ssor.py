@@ -615,6 +615,35 @@ def test_where_residuals_only_grow_the_start_is_left_in_place(monkeypatch):
 
 
 @with_numba
+@pytest.mark.parametrize("width", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_signal_is_its_own_start_where_b_is_1_less_mu_of_it_and_no_mu_is_0(dtype, width):
+    from graphdiff.solvers import starts
+
+    g, lanes = torch.Generator().manual_seed(2), (0,) * width
+    start, mu = torch.randn(50, width, generator=g, **f64), torch.rand(50, 1, generator=g, **f64)
+    given = (1 - mu) * start
+    start[:, -1] = 0
+    off = given.clone()
+    off[17] *= 1 + 1e-4
+    pinned = torch.where(torch.arange(50)[:, None] == 4, 0.0, mu)
+
+    def found(b, x, m):
+        unit, (own, share) = np.ones(width), np.zeros((2, 1, width))
+        arrays = (v.to(dtype).numpy() for v in (b, x))
+        starts.sized(*arrays, m.numpy().ravel(), unit, own, share, lanes)
+        return torch.from_numpy(own[0]), torch.from_numpy(share[0]), torch.from_numpy(unit)
+
+    own, share, unit = found(given, start, mu)
+    assert own.tolist() == share.tolist() == [1.0] * (width - 1) + [0.0]
+    sizes = torch.maximum(given.to(dtype).abs().amax(0), start.to(dtype).abs().amax(0))
+    assert torch.equal(unit, sizes.double())
+    assert (found(off, start, mu)[0] == 0).all()
+    # There the start is the answer.
+    assert (found((1 - pinned) * start, start, pinned)[0] == 0).all()
+
+
+@with_numba
 @pytest.mark.parametrize("solver", [gd.solvers.SSOR(), gd.solvers.DirectedSSOR()])
 def test_signals_that_the_walk_carries_elsewhere_start_from_nothing_each_by_itself(solver):
     P = gd.grid_transition(torch.zeros(1, 30, 30, **f64))
