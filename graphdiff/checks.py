@@ -135,7 +135,7 @@ def signal(s: object, nodes: int, name: str = "s") -> Tensor:
 
 def broadcast_batch(shapes: Sequence[torch.Size], names: str) -> torch.Size:
     """The common leading shape of several arguments."""
-    if all(shape == shapes[0] for shape in shapes):
+    if shapes.count(shapes[0]) == len(shapes):
         # torch compares dimension by dimension, which takes longer than a small product.
         return torch.Size(shapes[0])
     try:

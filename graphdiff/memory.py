@@ -28,16 +28,19 @@ _kept: dict[int, Any] = {}
 
 
 class _Lent:
-    """A piece of bytes at an address, which is kept when the last array on it is gone."""
+    """A piece of bytes at an address, which is kept when the last array on it is gone.
 
-    def __init__(self, address: int, piece: Any) -> None:
+    It is an array of a shape and a kind of numbers, as numpy names them.
+    """
+
+    def __init__(self, address: int, piece: Any, shape: tuple[int, ...], kind: str) -> None:
         self.address, self.piece = address, piece
         # To ask numpy for that of the piece takes longer than the search for it.
         self.__array_interface__ = {
             "version": 3,
             "data": (address, False),
-            "shape": piece.shape,
-            "typestr": "|u1",
+            "shape": shape,
+            "typestr": kind,
         }
 
     def __del__(self, finalizing: Any = sys.is_finalizing) -> None:
@@ -63,8 +66,11 @@ def _keep(address: int, piece: Any) -> None:
 
 def lent(length: int) -> Any:
     """So many bytes, of any value, an array [length]; from `LENT` on it begins where a page does."""
-    if length < LENT:
-        return np.empty(length, np.uint8)
+    return np.empty(length, np.uint8) if length < LENT else _lent(length, (length,), "|u1")
+
+
+def _lent(length: int, shape: tuple[int, ...], kind: str) -> Any:
+    """So many bytes, at least `LENT`, as an array of a shape and a kind."""
     # A huge one where there are some.
     page = HUGE if length >= 2 * HUGE else PAGE
     whole = -(-length // page) * page
@@ -83,13 +89,13 @@ def lent(length: int) -> Any:
         begin = more.ctypes.data
         address = -(-begin // page) * page
         piece = more[address - begin :][:whole]
-    return np.asarray(_Lent(address, piece))[:length]
+    return np.asarray(_Lent(address, piece, shape, kind))
 
 
 @functools.cache
-def _numbers(dtype: torch.dtype) -> Any:
+def _kind(dtype: torch.dtype) -> str:
     """numpy's name of a dtype."""
-    return np.dtype(str(dtype).removeprefix("torch."))
+    return np.dtype(str(dtype).removeprefix("torch.")).str
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -97,4 +103,4 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     length = math.prod(shape) * like.itemsize
     if length < LENT or like.device.type != "cpu":
         return like.new_empty(shape)
-    return torch.from_numpy(lent(length).view(_numbers(like.dtype)).reshape(tuple(shape)))
+    return torch.from_numpy(_lent(length, tuple(shape), _kind(like.dtype)))

@@ -5,6 +5,7 @@ dataclass of tensors with one method to write, `matmul`; transpose, rows and den
 """
 
 import dataclasses
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -244,12 +245,13 @@ class Transition(ABC):
         return tuple(self._each_tensor())
 
     def _each_tensor(self) -> Iterator[Tensor]:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
-            value = getattr(self, field.name)
-            if isinstance(value, Transition):
+        for name in _field_names(type(self)):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                if value.is_floating_point():
+                    yield value
+            elif value is not None and isinstance(value, Transition):
                 yield from value._each_tensor()
-            elif isinstance(value, Tensor) and value.is_floating_point():
-                yield value
 
     def check_finite(self) -> None:
         """Those hold neither nan nor infinity."""
@@ -263,15 +265,15 @@ class Transition(ABC):
     def _replaced(self, tensors: Iterator[Tensor], device: torch.device | None) -> Self:
         # A bare object with the fields alone: what the original has derived from its tensors stays behind.
         other = object.__new__(type(self))
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
+        for name in _field_names(type(self)):
+            value = getattr(self, name)
             if isinstance(value, Transition):
-                object.__setattr__(other, field.name, value._replaced(tensors, device))
+                object.__setattr__(other, name, value._replaced(tensors, device))
             elif isinstance(value, Tensor):
                 new = next(tensors) if value.is_floating_point() else value.to(device=device)
-                object.__setattr__(other, field.name, new)
+                object.__setattr__(other, name, new)
             else:
-                object.__setattr__(other, field.name, value)
+                object.__setattr__(other, name, value)
         return other
 
     def _staying(self, product: Tensor, y: Tensor) -> Tensor:
@@ -301,6 +303,12 @@ class Transition(ABC):
             f"{type(self).__name__}({list(self.shape)}, {str(self.dtype).removeprefix('torch.')}, "
             f"{self.device}{''.join(', ' + fact for fact in facts)})"
         )
+
+
+@functools.cache
+def _field_names(kind: type[Transition]) -> list[str]:
+    """Those of a transition's class, which is a dataclass; to look for them takes longer than they do."""
+    return [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
 
 
 def multiplied_in_full(device: torch.device) -> bool:

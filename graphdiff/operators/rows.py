@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types, uint64
 from numba.extending import intrinsic
 
-from graphdiff.memory import lent
+from graphdiff.memory import LENT, lent
 from graphdiff.operators.compiled import compiled
 from graphdiff.operators.lanes import LINE, ahead, fill, single
 
@@ -39,7 +39,9 @@ def block(*parts: tuple[int, Any]) -> list[Any]:
     sizes = [-(-count * np.dtype(dtype).itemsize // LINE) * LINE for count, dtype in parts]
     length = sum(sizes) + LINE
     memory = lent(length)
-    first, arrays = -memory.__array_interface__["data"][0] % LINE, []
+    # Longer ones begin where a page does; to ask numpy where takes as long as to get them.
+    first = 0 if length >= LENT else -memory.__array_interface__["data"][0] % LINE
+    arrays = []
     for size, (count, dtype) in zip(sizes, parts, strict=True):
         arrays.append(np.ndarray(count, dtype, memory, first))
         first += size
@@ -87,10 +89,10 @@ def _alike(weights: Any) -> bool:
 
 
 @compiled(error_model="numpy")
-def _shared(begins: Any, weight: float, longest: int, values: Any, sums: Any) -> Any:
+def _shared(begins: Any, weight: float, longest: int, values: Any, sums: Any) -> tuple[Any, float]:
     """What `normalised` finds where all edges have one weight: rows of one length are alike.
 
-    The degrees of rows by their lengths, [longest + 1].
+    The degrees of rows by their lengths, [longest + 1], and the largest of `sums`.
     """
     count, edges = uint64(len(begins) - 1), uint64(len(values))
     there = np.zeros(longest + 1, np.bool_)
@@ -125,7 +127,7 @@ def _shared(begins: Any, weight: float, longest: int, values: Any, sums: Any) ->
         for k in range(e, last):
             values[k] = value
         e = last
-    return degree
+    return degree, summed.max()
 
 
 @compiled(error_model="numpy")
@@ -138,35 +140,36 @@ def normalised(
     into: Any,
     values: Any,
     sums: Any,
-) -> tuple[tuple[int, int], bool, Any]:
-    """How many edges the shortest row and the longest have; whether all weights are the same; their sums.
+) -> tuple[tuple[int, int], bool, Any, float]:
+    """The fewest and the most edges of a row; whether all weights are the same; their sums; a largest sum.
 
     0 and 0 unless every row has an edge, every edge a node, and every weight lies between the `ordinary`
     ones. Then `begins` and `into` are copies of `starts` [N + 1] and `nodes` [edges], `values` [edges] the
-    weights divided by their row's sum, and `sums` [N] a row's sum of those. The sums of weights are [N], but
-    where all are the same [longest + 1], for each number of edges.
+    weights divided by their row's sum, and `sums` [N] a row's sum of those, of which the largest is the last.
+    The sums of weights are [N], but where all are the same [longest + 1], for each number of edges.
     """
     least, most = ordinary
     lengths = _copied(starts, nodes, begins, into)
     if lengths[0] == 0:
-        return (0, 0), False, np.empty(0)
+        return (0, 0), False, np.empty(0), 0.0
     if _alike(weights):
         if not least < weights[0] < most:
-            return (0, 0), True, np.empty(0)
-        return lengths, True, _shared(begins, weights[0], lengths[1], values, sums)
-    degree = np.empty(len(begins) - 1)
+            return (0, 0), True, np.empty(0), 0.0
+        degree, largest = _shared(begins, weights[0], lengths[1], values, sums)
+        return lengths, True, degree, largest
+    degree, largest = np.empty(len(begins) - 1), 0.0
     for i in range(uint64(len(degree))):
         first, last = uint64(begins[i]), uint64(begins[i + uint64(1)])
         total, summed = 0.0, 0.0
         for e in range(first, last):
             if not least < weights[e] < most:
-                return (0, 0), False, degree
+                return (0, 0), False, degree, 0.0
             total += weights[e]
         for e in range(first, last):
             values[e] = weights[e] / total
             summed += values[e]
-        degree[i], sums[i] = total, summed
-    return lengths, False, degree
+        degree[i], sums[i], largest = total, summed, max(largest, summed)
+    return lengths, False, degree, largest
 
 
 def by_length(begins: Any, table: Any) -> Any:

@@ -460,7 +460,7 @@ class SparseTransition(Transition):
     @property
     def shape(self) -> torch.Size:
         """[..., N, N]; leading dimensions are those of `jump`."""
-        nodes = len(self.indptr) - 1
+        nodes = self.indptr.shape[0] - 1  # len() of a tensor takes three times as long
         lead = self.jump.shape[:-1] if self.jump is not None else ()
         return torch.Size([*lead, nodes, nodes])
 
@@ -586,7 +586,7 @@ class SparseTransition(Transition):
         elif transposed and torch.get_num_threads() == 1 and _compiled_product(self.values, y):
             rows = self.indptr, self.indices, self.values
             product = _edges().transposed(*rows, y.detach())
-        elif _scipy_is_fastest(self.values, y) and y.shape[1] == 1 and _worth_compiling(len(self.values)):
+        elif _scipy_is_fastest(self.values, y) and y.shape[1] == 1 and _worth_compiling(self.values.numel()):
             product = _edges().alone(self.indptr, self.indices, self.values, y.detach(), transposed)
         elif _scipy_is_fastest(self.values, y) and not _compiled_product(self.values, y):
             matrix = self._transposed_matrix if transposed else self._matrix
@@ -678,8 +678,9 @@ class SparseTransition(Transition):
         if self._degrees_by_length is None or not self._as_made:
             return super().relative_degrees(least)
         log_degree, fewest = self._degrees_by_length
+        # Numpy rounds the difference as torch does, and needs a tenth of the time for so few numbers.
         log_weight = log_degree - log_degree[-1]
-        table = log_weight.double().clamp(min=least).exp_().numpy()
+        table = torch.from_numpy(np.maximum(log_weight.astype(np.float64), least)).exp_().numpy()
         return _compiled().by_length(self.indptr.numpy(), table), float(log_weight[fewest])
 
     def check_finite(self) -> None:
@@ -978,7 +979,7 @@ def _compiled_walk(
     number = "i4" if max(nodes, count) < 2**31 else "i8"
     weight, value = np.ascontiguousarray(A.data, "f8"), "f4" if dtype == torch.float32 else "f8"
     found = _compiled().block((nodes + 1, number), (count, number), (count, value), (nodes, "f8"))
-    lengths, alike, degree = _compiled().normalised(A.indptr, A.indices, weight, ORDINARY, *found)
+    lengths, alike, degree, largest = _compiled().normalised(A.indptr, A.indices, weight, ORDINARY, *found)
     fewest, longest = lengths
     if fewest == 0:
         return None
@@ -990,16 +991,19 @@ def _compiled_walk(
     if symmetric or reversible:
         log_degree = torch.from_numpy(degree).log().to(dtype)
         if alike:
-            walk.__dict__["_degrees_by_length"] = log_degree, fewest
-            log_degree = torch.from_numpy(_compiled().by_length(indptr, log_degree.numpy()))
+            table = log_degree.numpy()
+            walk.__dict__["_degrees_by_length"] = table, fewest
+            log_degree = torch.from_numpy(_compiled().by_length(indptr, table))
     edges = dict(zip(("indptr", "indices", "values"), map(torch.from_numpy, found[:3]), strict=True))
     walk.__dict__.update(edges, log_degree=log_degree, dangling=None, jump=None, _ordinary=True)
-    walk.__dict__["_edge_sums"] = torch.from_numpy(sums).unsqueeze(-1)
-    walk._pattern.symmetric = symmetric
+    walk.__dict__["_edge_sums"] = torch.from_numpy(sums.reshape(-1, 1))
+    walk.__dict__["largest_row_sum"] = torch.from_numpy(np.array([[largest]]))
+    walk.__dict__["_pattern"] = pattern = _Pattern(edges["indptr"], edges["indices"], None)
+    pattern.symmetric = symmetric
     if alike:
         walk.__dict__["_equal_steps"] = True
     if symmetric:
-        walk._pattern.__dict__["longest"] = longest
+        pattern.__dict__["longest"] = longest
     if type(A) is sparse.csr_array:
         matrix = _another(A)
         # Scipy copies now and then what it takes for a small part of a larger array: not torch's.

@@ -71,7 +71,8 @@ def chosen(
 
 def _products(operator: Transition, mu: Tensor, tol: float) -> int:
     """How many products theory promises to be enough for a tolerance."""
-    largest = rate = float(mu.detach().amax())
+    mu = mu.detach()
+    largest = rate = float(mu if mu.numel() == 1 else mu.amax())
     if operator.reversible:
         # `rate_of`, without a dozen calls of torch for one number.
         root = math.sqrt((1 if operator.positive_semidefinite else 1 + largest) / (1 - largest))

@@ -11,7 +11,6 @@ the interval would halve the bound, and make the error itself larger wherever th
 """
 
 import functools
-import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -431,8 +430,8 @@ def solve_certified(
     solved = functools.partial(_solve_some, solver, state, operator, mu, budget, keep)
     if width >= channels:
         # Two and two: the bounds outlive the others.
-        pairs = (empty((2, *rhs.shape), rhs).unbind() for _ in range(2))
-        room = Room(*itertools.chain(*pairs))
+        bounds, others = (empty((2, *rhs.shape), rhs).unbind() for _ in range(2))
+        room = Room(*bounds, *others)
         return solved(rhs.contiguous(), initial.contiguous(), atol.contiguous(), room)
     vectors, parts = [empty(rhs.shape, rhs) for _ in range(3)], []
     spare: Sequence[Tensor] = []
@@ -501,7 +500,9 @@ def _solve_some(
     correction, pending = rhs, best.bound > 0
     steps = torch.zeros(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
     for attempt in range(1 + MAX_REFINEMENTS if bool(pending.any()) else 0):
-        b, guess, goal = (t.to(dtype) for t in (correction, initial, target))
+        b, guess, goal = correction, initial, target
+        if dtype != rhs.dtype:
+            b, guess, goal = (t.to(dtype) for t in (b, guess, goal))
         if budget.timed_out:
             # The first guess is the answer.
             found = Iterate(guess, *[torch.zeros_like(steps)] * 2)
@@ -510,15 +511,16 @@ def _solve_some(
             found = solver.solve(state, b, guess, goal, budget.left(steps))
         taken = pending.squeeze(-2)
         steps, best.matvecs = steps + taken * found.steps, best.matvecs + taken * found.matvecs
-        candidate, before = best.moved(found.x), best.bound
+        candidate, before, left = best.moved(found.x), best.bound, True
         if attempt == 0 and dtype != rhs.dtype:
             slack = best.slack(operator, best.initial_size())
             enough = pending & (2 * slack <= allowed)
             if bool(enough.any()):
                 best.judge(candidate, enough, dtype)
             pending = pending & ~(best.bound <= allowed)
-        asked, left = pending, True
-        while bool(asked.any()):
+            left = bool(pending.any())
+        asked, again = pending, left
+        while again:
             previous = best.bound
             best.judge(candidate, asked, rhs.dtype)
             pending = pending & ~(best.bound <= allowed)
@@ -528,7 +530,9 @@ def _solve_some(
             # x + r has µP times the error of x: where little is missing, one more product is enough.
             asked = asked & pending & (best.bound <= NEAR * allowed) & (best.bound < 0.9 * previous)
             asked = asked & (not budget.timed_out)
-            candidate = best.x + best.residual
+            again = bool(asked.any())
+            if again:
+                candidate = best.x + best.residual
         if not left:
             break
         # Where a refinement no longer halves the bound, rounding has taken over and none will.
@@ -578,7 +582,7 @@ class _Best:
         room: Room,
     ) -> None:
         self.operator, self.mu, self.rhs, self.norm = operator, mu, rhs, norm_of(operator)
-        self.nothing = rhs.new_zeros(()).expand_as(rhs)
+        self.nothing = torch.zeros((), dtype=rhs.dtype, device=rhs.device).expand(rhs.shape)
         self.x, self.residual = self.nothing, rhs
         self.room, self.scratch = room, room.scratch
         self.reach: Tensor
@@ -590,7 +594,7 @@ class _Best:
             self.reach, self.inverse, self.least = _compiled().reached(mu, sums)
         else:
             self.reach = reach_of(operator, mu)
-            remaining = (1 - self.reach).to(mu.dtype)
+            remaining = (torch.ones_like(self.reach) - self.reach).to(mu.dtype)
             self.least = remaining.amin(-2, keepdim=True)
             self.inverse = remaining.reciprocal_()
         self.initial = initial

@@ -355,7 +355,7 @@ def reached(mu: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     reach, inverse = empty((2, *sums.shape), sums).unbind()
     arrays = (np.ascontiguousarray(x.numpy()) for x in (mu, sums))
     least = _reached(*arrays, reach.numpy(), inverse.numpy())
-    return reach, inverse, sums.new_full((1, 1), least)
+    return reach, inverse, torch.from_numpy(np.array([[least]]))
 
 
 def judged(
