@@ -157,13 +157,13 @@ def ending(
     error_bound: Tensor, atol: Tensor, rounding: Tensor, dtype: torch.dtype, limit: Spent | None
 ) -> Ending:
     """What ended a solve in `dtype`; `rounding` is how much of the bounds is owed to that."""
-    missed = ~(error_bound <= atol)
-    if not bool(missed.any()):
+    kept = error_bound <= atol
+    if bool(kept.all()):
         return Ending("reached the tolerance", "")
     if limit is not None:
         return Ending(f"stopped at {limit.limit} = {limit.most}", f"raise {limit.limit} or loosen tol")
     name = str(dtype).removeprefix("torch.")
-    if bool((missed & ~(error_bound <= HIDDEN * rounding)).any()):
+    if not bool((kept | (error_bound <= HIDDEN * rounding)).all()):
         told = f"the solver stopped short of the tolerance, above what rounding in {name} hides"
         return Ending(told, "try another solver or loosen tol")
     wider = "" if dtype == error_bound.dtype else " or use float64"

@@ -107,6 +107,6 @@ def _across(starts: Any, nodes: Any, values: Any, v: Any, found: Any) -> None:
 def alone(starts: Tensor, nodes: Tensor, values: Tensor, y: Tensor, across: bool) -> Tensor:
     """P y [N, 1] for y [N, 1], or Pᵀ y `across`, by one thread; P [N, N] in compressed rows."""
     found = empty(y.shape, y)
-    arrays = [x.detach().contiguous().numpy() for x in (starts, nodes, values)]
-    (_across if across else _along)(*arrays, y.contiguous().view(-1).numpy(), found.view(-1).numpy())
+    *rows, signal, into = (x.contiguous().numpy() for x in (starts, nodes, values.detach(), y, found))
+    (_across if across else _along)(*rows, signal.reshape(-1), into.reshape(-1))
     return found

@@ -4,6 +4,7 @@ Sums go edge after edge and quotients are rounded once, as in `sparse`, so that 
 where numba is not installed. This file is read where it is, and compiled when it is first used.
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -41,11 +42,8 @@ def block(*parts: tuple[int, Any]) -> list[Any]:
     memory = lent(length)
     # Longer ones begin where a page does; to ask numpy where takes as long as to get them.
     first = 0 if length >= LENT else -memory.__array_interface__["data"][0] % LINE
-    arrays = []
-    for size, (count, dtype) in zip(sizes, parts, strict=True):
-        arrays.append(np.ndarray(count, dtype, memory, first))
-        first += size
-    return arrays
+    begins = itertools.accumulate(sizes, initial=first)
+    return [np.ndarray(count, dtype, memory, at) for (count, dtype), at in zip(parts, begins, strict=False)]
 
 
 @compiled

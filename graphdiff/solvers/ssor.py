@@ -155,7 +155,8 @@ class SSOR(Solver):
         operator, mu = state[:2]
         batch = checks.broadcast_batch([operator.shape[:-2], rhs.shape[:-2], mu.shape[:-2]], "P, s and µ")
         nodes, channels = rhs.shape[-2:]
-        given, start, unit, pinned = rhs, initial, torch.ones_like(target), not bool(mu.all())
+        given, start, unit = rhs, initial, torch.ones_like(target)
+        pinned = any(0 in found.mu for found in state.triangles)
         y = empty((*batch, nodes, channels), rhs)
         if pinned:
             # Where µ_i = 0 the answer is b_i; started there, nothing is left to do for it.
@@ -210,14 +211,14 @@ class Progressed:
         self.unit = self._flat(unit.double())
         self.target = self._flat(target.double()) / self.unit
         self.limit = None if limits.steps is None else self._flat(limits.steps)
-        self.steps, self.renewals = np.zeros((2, *self.unit.shape), np.int64)
+        self.steps, self.renewals = (np.zeros(self.unit.shape, np.int64) for _ in range(2))
         self.bound = np.zeros(self.unit.shape) + np.inf
-        self.active, self.started = np.ones((2, *self.unit.shape), bool)
+        self.active, self.started = self.bound > 0, self.bound > 0
         # Who is asked after every step cannot take many at once.
         self.asked = limits.budget.progress is not None or limits.budget.max_seconds is not None
 
     def _flat(self, x: Tensor) -> Any:
-        return x.expand(self.shape).reshape(-1, self.shape[-1]).numpy()
+        return x.expand(self.shape).numpy().reshape(-1, self.shape[-1])
 
     @property
     def residuals(self) -> Tensor:
@@ -286,8 +287,8 @@ def sweep_all(
     which = (mus + np.zeros((*batch, channels), int)).reshape(math.prod(batch), channels)
     lines = lines_of(which, mu.shape[-1], nodes, sizes)
     # Of an expanded tensor all columns are one, where the sweeps look for several beside each other.
-    wide = [t.expand_as(tensors[-1]).reshape(-1, nodes, channels).contiguous() for t in tensors[:-1]]
-    arrays = [t.numpy() for t in (*wide, tensors[-1].view(-1, nodes, channels))]
+    numbers = [t.expand_as(tensors[-1]).numpy().reshape(-1, nodes, channels) for t in tensors]
+    arrays = [*map(np.ascontiguousarray, numbers[:-1]), numbers[-1]]
     # Who is asked after every step hears of one line after the other.
     threads = 1 if done.asked else min(torch.get_num_threads(), len(lines))
     waiting = iter(lines)
@@ -405,10 +406,10 @@ class _Block:
         x.fill(0)
         # What is left of other signals may be no number.
         p.fill(0)
-        turn, step, mask = np.zeros((3, 1, self.width), x.dtype)
-        # In few pieces: each takes numpy longer than what is done with it.
-        unit, share, sums = np.zeros((1, self.width)), np.zeros((1, self.width)), np.zeros((2, self.width))
-        size, target = np.zeros((2, self.width))
+        # Of all ways to make small arrays this is the one that takes numpy no time.
+        turn, step, mask = (np.zeros((1, self.width), x.dtype) for _ in range(3))
+        unit, share, sums = (np.zeros((rows, self.width)) for rows in (1, 1, 2))
+        size, target = np.zeros(self.width), np.zeros(self.width)
         summed, weights = self.summed, (triangles.weights, self.summed)
         system = triangles.rows, self.nodes, triangles.lower, *weights, given
         sweeps.opened(*system, start, size, unit, y, share, r, sums, lanes)
@@ -423,7 +424,7 @@ class _Block:
         if done.limit is not None:
             limit[:width] = np.minimum(limit[:width], done.limit[place])
         # Halving the error takes no more than this, if the energy's norm sees it.
-        steps, halved_at, patience = np.zeros((3, self.width), np.int64)
+        steps, halved_at, patience = (np.zeros(self.width, np.int64) for _ in range(3))
         patience.fill(10 + _steps_to(1.0, 8.0, self.rate))
         active, halved, largest = (bound > target) & (limit > 0), bound.copy(), self.loss * bound
         numbers = (active, steps, square, bound, halved, halved_at, target, factor, largest, limit, patience)
@@ -443,8 +444,9 @@ class _Block:
         watched = Watched(active, steps, square, bound, bound.copy(), target, limit, turn)
         advanced(watched, done, place, self.most, often, advance, renew)
         # Residuals that only grew say that the weights are blind to what matters.
-        lost = ~(bound < largest) & (steps > 0)
-        before = (found if added else start)[:, lost].copy() if np.count_nonzero(lost) else None
+        reached = zip(bound.tolist(), largest.tolist(), steps.tolist(), strict=True)
+        lost = [taken > 0 and not now < most for now, most, taken in reached]
+        before = (found if added else start)[:, lost].copy() if any(lost) else None
         size[:width] *= done.unit[place]
         sweeps.left(self.nodes, y, share, x, size.reshape(1, -1), found, summed, added, lanes)
         if before is not None:
