@@ -2,7 +2,9 @@
 
 Stabilised biconjugate gradients on (I − L)⁻¹(I − L − U)(I − U)⁻¹, of the system I − L − U of `triangles`,
 take no product (Eisenstat 1981, as in `sweeps`): with t = (I − U)⁻¹ p and w = (I − L)⁻¹(p − t) the image of p
-is t + w, and t is the direction in which x moves. Each half of a step is one pass back and one forth.
+is t + w, and t is the direction in which x moves. Each half of a step is one pass back and one forth. Of one
+signal alone nodes stand beside each other, and rows as `groups` has them: then what is done to nodes, the
+solve and the sums are passes of their own.
 
 This file is read where numba is installed, and compiled when it is first used.
 """
@@ -197,9 +199,9 @@ def _halfway(
     starts, nodes, values, gains, _ = upper
     if len(lanes) == 1:
         eights = uint64(len(r)) // uint64(len(EIGHT))
-        kept, step = keeping and better[0, 0] != 0, across[0, 0]
-        _halfway_rows(x, best, r, v, t, w, step, kept, uint64(0), eights, EIGHT)
-        _halfway_rows(x, best, r, v, t, w, step, kept, eights * uint64(len(EIGHT)), uint64(len(r)), ONE)
+        step = across[0, 0]
+        _halfway_rows(x, best, r, v, t, w, step, keeping, uint64(0), eights, EIGHT)
+        _halfway_rows(x, best, r, v, t, w, step, keeping, eights * uint64(len(EIGHT)), uint64(len(r)), ONE)
         back(upper, r, t)
         return
     alpha, mask = load(across, uint64(0), lanes), load(better, uint64(0), lanes)
@@ -227,7 +229,7 @@ def _halfway_rows(
     t: Any,
     w: Any,
     across: float,
-    kept: bool,
+    keeping: bool,
     first: int,
     last: int,
     lanes: Any,
@@ -235,7 +237,7 @@ def _halfway_rows(
     """v = t + w, x ← x + across·t, r ← r − across·v of one signal; `best` is x before if it is to be kept."""
     for i in range(first, last):
         direction, here = load(t, i, lanes), load(x, i, lanes)
-        if kept:
+        if keeping:
             store(best, i, here)
         store(x, i, here + direction * across)
         image = direction + load(w, i, lanes)
