@@ -5,7 +5,6 @@ dataclass of tensors with one method to write, `matmul`; transpose, rows and den
 """
 
 import dataclasses
-import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -245,8 +244,8 @@ class Transition(ABC):
         return tuple(self._each_tensor())
 
     def _each_tensor(self) -> Iterator[Tensor]:
-        for name in _field_names(type(self)):
-            value = getattr(self, name)
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 if value.is_floating_point():
                     yield value
@@ -265,15 +264,15 @@ class Transition(ABC):
     def _replaced(self, tensors: Iterator[Tensor], device: torch.device | None) -> Self:
         # A bare object with the fields alone: what the original has derived from its tensors stays behind.
         other = object.__new__(type(self))
-        for name in _field_names(type(self)):
-            value = getattr(self, name)
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
             if isinstance(value, Transition):
-                object.__setattr__(other, name, value._replaced(tensors, device))
+                object.__setattr__(other, field.name, value._replaced(tensors, device))
             elif isinstance(value, Tensor):
                 new = next(tensors) if value.is_floating_point() else value.to(device=device)
-                object.__setattr__(other, name, new)
+                object.__setattr__(other, field.name, new)
             else:
-                object.__setattr__(other, name, value)
+                object.__setattr__(other, field.name, value)
         return other
 
     def _staying(self, product: Tensor, y: Tensor) -> Tensor:
@@ -303,12 +302,6 @@ class Transition(ABC):
             f"{type(self).__name__}({list(self.shape)}, {str(self.dtype).removeprefix('torch.')}, "
             f"{self.device}{''.join(', ' + fact for fact in facts)})"
         )
-
-
-@functools.cache
-def _field_names(kind: type[Transition]) -> list[str]:
-    """Those of a transition's class, which is a dataclass; to look for them takes longer than they do."""
-    return [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
 
 
 def multiplied_in_full(device: torch.device) -> bool:
