@@ -97,6 +97,19 @@ def copied_in_groups(triangle: Any) -> Any:
 # --- one signal, whose sums are those of `of_row` to the bit
 
 
+# A call would count references to the arrays for every group.
+@compiled(inline="always")
+def _of_rows(starts: Any, nodes: Any, values: Any, z: Any, a: int) -> Any:
+    """The rows of a group, from row a on, times z [N, 1], in four sums each that take turns."""
+    e, last, group = uint64(starts[a]), uint64(starts[a + uint64(GROUP)]), uint64(GROUP)
+    c0 = narrow(zeros(EIGHT), z)
+    c1, c2, c3 = c0, c0, c0
+    while e < last:
+        c0, c1, c2, c3 = c1, c2, c3, c0 + times_beside(picked(z, nodes, e, EIGHT), values, e)
+        e += group
+    return (c0 + c2) + (c1 + c3)
+
+
 @compiled
 def forth(lower: Any, b: Any, z: Any) -> None:
     """z = (I − L)⁻¹ b, [N, 1] each, of a triangle in groups; b may be z."""
@@ -107,13 +120,7 @@ def forth(lower: Any, b: Any, z: Any) -> None:
             store(z, a, load(b, a, ONE) + of_row(starts, nodes, values, z, a, ONE) * gains[a])
             a += one
         while a < uint64(runs[two * i + one]):
-            e, last = uint64(starts[a]), uint64(starts[a + group])
-            c0 = narrow(zeros(EIGHT), z)
-            c1, c2, c3 = c0, c0, c0
-            while e < last:
-                c0, c1, c2, c3 = c1, c2, c3, c0 + times_beside(picked(z, nodes, e, EIGHT), values, e)
-                e += group
-            put(z, a, beside(b, a, EIGHT) + times_beside((c0 + c2) + (c1 + c3), gains, a))
+            put(z, a, beside(b, a, EIGHT) + times_beside(_of_rows(starts, nodes, values, z, a), gains, a))
             a += group
 
 
@@ -126,13 +133,7 @@ def back(upper: Any, b: Any, z: Any) -> None:
         i -= uint64(2)
         while a > uint64(runs[i]):
             a -= group
-            e, last = uint64(starts[a]), uint64(starts[a + group])
-            c0 = narrow(zeros(EIGHT), z)
-            c1, c2, c3 = c0, c0, c0
-            while e < last:
-                c0, c1, c2, c3 = c1, c2, c3, c0 + times_beside(picked(z, nodes, e, EIGHT), values, e)
-                e += group
-            put(z, a, beside(b, a, EIGHT) + times_beside((c0 + c2) + (c1 + c3), gains, a))
+            put(z, a, beside(b, a, EIGHT) + times_beside(_of_rows(starts, nodes, values, z, a), gains, a))
         while a > (uint64(runs[i - one]) if i > 0 else uint64(0)):
             a -= one
             store(z, a, load(b, a, ONE) + of_row(starts, nodes, values, z, a, ONE) * gains[a])
