@@ -406,7 +406,7 @@ class _Block:
         x.fill(0)
         # What is left of other signals may be no number.
         p.fill(0)
-        # Of all ways to make small arrays this is the one that takes numpy no time.
+        # Numpy makes small arrays faster so than in any other way.
         turn, step, mask = (np.zeros((1, self.width), x.dtype) for _ in range(3))
         unit, share, sums = (np.zeros((rows, self.width)) for rows in (1, 1, 2))
         size, target = np.zeros(self.width), np.zeros(self.width)
