@@ -667,6 +667,27 @@ def test_signals_that_the_walk_carries_elsewhere_start_from_nothing_each_by_itse
 
 
 @with_numba
+@pytest.mark.parametrize("solver", [gd.solvers.SSOR(), gd.solvers.DirectedSSOR()])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_only_a_start_that_is_not_0_takes_a_product(solver, transposed, monkeypatch):
+    from graphdiff.solvers import directed_ssor, ssor
+    from graphdiff.solvers.base import Budget, Limits
+
+    # In float64 no residual is computed but the first.
+    for module in (ssor, directed_ssor):
+        monkeypatch.setattr(module, "NEAR", 2.0)
+    walk = gd.grid_transition(torch.zeros(1, 30, 30, **f64))
+    P, mu = walk.T if transposed else walk, torch.tensor([[0.9]], **f64)
+    s = torch.randn(900, 3, generator=torch.Generator().manual_seed(5), **f64)
+    s[:, 1], s[:, 2] = torch.eye(900, **f64)[40], walk.log_degree.exp() if transposed else 1.0
+    limits, target = Limits(None, Budget()), torch.full((1, 3), 1e-8, **f64)
+    each = 2 if solver == gd.solvers.DirectedSSOR() else 1
+    for start, products in ((s, [1, 1, 2]), (0 * s, [1, 1, 1]), (s + 1e-3, [2, 2, 2])):
+        found = solver.solve(solver.prepare(P, mu), (1 - mu) * s, start, target, limits)
+        assert (found.matvecs - each * found.steps).tolist() == products
+
+
+@with_numba
 def test_steps_are_limited_signal_by_signal():
     P = gd.grid_transition(torch.zeros(1, 40, 40, **f64))
     s = torch.randn(1600, 9, generator=torch.Generator().manual_seed(4), **f64)
