@@ -30,7 +30,7 @@ from graphdiff.operators.base import Transition, check_transition
 from graphdiff.operators.dense import DenseTransition
 from graphdiff.operators.grid import grid_walk
 from graphdiff.operators.sparse import SparseTransition
-from graphdiff.solution import Progress, Solution
+from graphdiff.solution import Enclosure, Progress, Solution
 from graphdiff.solvers.auto import Auto, chosen
 from graphdiff.solvers.base import MAX_REFINEMENTS, Budget, Iterate, Solver
 from graphdiff.solvers.direct import Direct
@@ -177,7 +177,8 @@ def harmonic(
     rounding = (found.rounding + cast).amax(-2, keepdim=True)
     how = ending(error_bound, atol, rounding, wide, spent(budget, found.steps))
     lower, upper = torch.maximum(value.detach() - error, low), torch.minimum(value.detach() + error, high)
-    whole = Outcome(value, lower, upper, error_bound, atol, found.steps, found.matvecs)
+    enclosure = Enclosure.of(lower, upper)
+    whole = Outcome(value, enclosure, error_bound, atol, found.steps, found.matvecs)
     why = f"{why}; {found.hardness}"
     return concluded(whole, values, "inf", on_failure, call="harmonic", solver=str(method), why=why, how=how)
 

@@ -12,7 +12,7 @@ from graphdiff import checks
 from graphdiff.implicit import Call, Ending, OnFailure, Outcome, concluded, ending, implicit_solve, spent
 from graphdiff.memory import empty
 from graphdiff.operators.base import Transition, check_transition
-from graphdiff.solution import Norm, Progress, Solution
+from graphdiff.solution import Enclosure, Norm, Progress, Solution
 from graphdiff.solvers.auto import Auto, chosen
 from graphdiff.solvers.base import Budget, Solver, norm_of, size
 from graphdiff.solvers.shifted import Shifted
@@ -189,10 +189,13 @@ def solve_scaled(
     rhs = torch.mul(torch.ones_like(mu) - mu, seed, out=None if recorded else room)
     answer = implicit_solve(call, rhs, mu, initial=start, atol=target)
 
-    y, lower, upper = (checks.real(x, P.mask) for x in (answer.x, answer.lower, answer.upper))
+    y, enclosure, mask = checks.real(answer.x, P.mask), answer.enclosure, P.mask
+    if mask is not None:
+        enclosure = enclosure.then(lambda *ends: (checks.real(ends[0], mask), checks.real(ends[1], mask)))
     bound, rounding, matvecs = answer.error_bound, answer.rounding, answer.matvecs
     if scaling is not None:
-        y, lower, upper = factor * y, factor.detach() * (lower - extra), factor.detach() * (upper + extra)
+        y, scale = factor * y, factor.detach()
+        enclosure = enclosure.then(lambda lower, upper: (scale * (lower - extra), scale * (upper + extra)))
         bound, rounding = largest * (bound + extra), largest * (rounding + extra)
     value = y.to(operator.dtype)
     cast = 0.0 if value.dtype == wide else size(value.detach().to(wide) - y.detach(), norm)
@@ -203,12 +206,15 @@ def solve_scaled(
             error, products = scaling.closer(given, mu.detach(), y.detach(), max_steps)
             matvecs = matvecs + torch.where(missed.squeeze(-2), products, 0)
             bound = torch.where(missed, torch.minimum(bound, size(error, norm)), bound)
-            lower = torch.where(missed, torch.maximum(lower, y.detach() - error), lower)
-            upper = torch.where(missed, torch.minimum(upper, y.detach() + error), upper)
+            low = torch.where(missed, y.detach() - error, -torch.inf)
+            high = torch.where(missed, y.detach() + error, torch.inf)
+            enclosure = enclosure.then(
+                lambda lower, upper: (torch.maximum(lower, low), torch.minimum(upper, high))
+            )
     if value.dtype != wide:
         bound, rounding = bound + cast, rounding + cast
     how = ending(bound, atol, rounding, operator.dtype, spent(budget, answer.steps))
-    found = Outcome(value, lower, upper, bound, atol, answer.steps, matvecs)
+    found = Outcome(value, enclosure, bound, atol, answer.steps, matvecs)
     return concluded(found, s, norm, on_failure, call="solve", solver=str(method), why=why, how=how)
 
 
@@ -218,7 +224,7 @@ def _solve_none(P: Transition, s: Tensor, signal: Tensor, mu: Tensor, norm: Norm
     if not P.restarts:
         y = y + mu.to(s.dtype) * P.matmul(signal)
     nothing, counts = signal.detach()[..., :1, :], signal.new_empty(y[..., 0, :].shape, dtype=torch.int64)
-    found = Outcome(y, y.detach(), y.detach(), nothing, nothing, counts, counts)
+    found = Outcome(y, Enclosure.of(y.detach(), y.detach()), nothing, nothing, counts, counts)
     how = Ending("the batch is empty", "")
     return concluded(found, s, norm, "ignore", call="solve", solver="none", why="nothing to solve", how=how)
 
@@ -242,14 +248,18 @@ def _solve_restarting(
     guess = None if initial is None else apart(initial)
     solution = solve(bound, apart(signal), apart(mu), initial=guess, **options)
 
+    alone = s.ndim == 1
+
     def as_given(x: Tensor) -> Tensor:
-        return x.squeeze(-1) if s.ndim == 1 else x
+        return x.squeeze(-1) if alone else x
+
+    def beside(*columns: Tensor) -> tuple[Tensor, ...]:
+        return tuple(as_given(x.squeeze(-1).mT) for x in columns)
 
     return replace(
         solution,
-        value=as_given(solution.value.squeeze(-1).mT),
-        lower=as_given(solution.lower.squeeze(-1).mT),
-        upper=as_given(solution.upper.squeeze(-1).mT),
+        value=beside(solution.value)[0],
+        enclosure=solution.enclosure.then(beside),
         error_bound=as_given(solution.error_bound.squeeze(-1)),
         converged=as_given(solution.converged.squeeze(-1)),
         steps=as_given(solution.steps.squeeze(-1)),

@@ -22,7 +22,7 @@ from graphdiff import checks
 from graphdiff.diffusion import default_tol
 from graphdiff.implicit import OnFailure, Outcome, Spent, concluded, ending
 from graphdiff.operators.base import Transition, check_transition
-from graphdiff.solution import Solution
+from graphdiff.solution import Enclosure, Solution
 from graphdiff.solvers.base import norm_of, size
 
 Basis = Literal["monomial", "chebyshev", "bernstein"]
@@ -319,7 +319,8 @@ def _solution(
     how = ending(bound, best.atol, bound, problem.operator.dtype, limit)
     steps, products = best.steps.squeeze(-2), best.products.squeeze(-2)
     value = best.y.to(problem.operator.dtype)
-    found = Outcome(value, y - best.bound, y + best.bound, bound, best.atol, steps, products)
+    enclosure = Enclosure.of(y - best.bound, y + best.bound)
+    found = Outcome(value, enclosure, bound, best.atol, steps, products)
     return concluded(found, s, problem.norm, on_failure, call=call, solver=solver, why=why, how=how)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graphdiff.operators.base import Transition
-from graphdiff.solution import ConvergenceError, ConvergenceWarning, Norm, Solution
+from graphdiff.solution import ConvergenceError, ConvergenceWarning, Enclosure, Norm, Solution
 from graphdiff.solvers.base import Budget, Certified, Solver, norm_of, size, solve_certified
 
 OnFailure = Literal["warn", "raise", "ignore"]
@@ -58,7 +58,7 @@ class _ImplicitSolve(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, call: Call, rhs: Tensor, mu: Tensor, initial: Tensor, atol: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[Any, ...]:
         operator = call.operator
         if any(t.requires_grad for t in tensors):
             operator = operator.with_tensors([t.detach() for t in tensors])
@@ -70,7 +70,7 @@ class _ImplicitSolve(torch.autograd.Function):
         # The forward's own state, which may hold a matrix, ends here; what the operator has found stays.
         ctx.call, ctx.state = replace(call, operator=operator), call.solver.transposed(state)
         ctx.save_for_backward(mu, answer.x, answer.product, *tensors)
-        ctx.mark_non_differentiable(*(x for x in answer[1:] if x is not None))
+        ctx.mark_non_differentiable(*(x for x in answer[1:] if isinstance(x, Tensor)))
         return tuple(answer)
 
     @staticmethod
@@ -173,12 +173,11 @@ def ending(
 class Outcome(NamedTuple):
     """A value and its evidence in the best precision at hand, whatever found it.
 
-    value, lower and upper are [..., N, K], the bound and what was allowed [..., 1, K], counts [..., K].
+    value and enclosure are [..., N, K], the bound and what was allowed [..., 1, K], counts [..., K].
     """
 
     value: Tensor
-    lower: Tensor
-    upper: Tensor
+    enclosure: Enclosure
     error_bound: Tensor
     atol: Tensor
     steps: Tensor
@@ -201,15 +200,18 @@ def concluded(
     The bound counts the cast to the dtype of s, or to float32 where that is half precision. `why` is why this
     solver, `how` how it ended.
     """
+    alone, held = s.ndim == 1, torch.promote_types(s.dtype, torch.float32)
 
     def as_given(x: Tensor) -> Tensor:
-        return x.squeeze(-1) if s.ndim == 1 else x
+        return x.squeeze(-1) if alone else x
 
-    held, converged = torch.promote_types(s.dtype, torch.float32), found.error_bound <= found.atol
+    def outward(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        return as_given(_outward(lower, held, -torch.inf)), as_given(_outward(upper, held, torch.inf))
+
+    converged = found.error_bound <= found.atol
     solution = Solution(
         value=as_given(found.value.to(s.dtype)),
-        lower=as_given(_outward(found.lower, held, -torch.inf)),
-        upper=as_given(_outward(found.upper, held, torch.inf)),
+        enclosure=found.enclosure.then(outward),
         error_bound=as_given(found.error_bound.squeeze(-2)),
         converged=as_given(converged.squeeze(-2)),
         steps=as_given(found.steps),

@@ -100,8 +100,10 @@ def pagerank(
     )
     if not apart:
         return solution
-    tensors = ("value", "lower", "upper", "error_bound", "converged", "steps", "matvecs")
-    return replace(solution, **{name: getattr(solution, name).squeeze(-1) for name in tensors})
+    tensors = ("value", "error_bound", "converged", "steps", "matvecs")
+    enclosure = solution.enclosure.then(lambda lower, upper: (lower.squeeze(-1), upper.squeeze(-1)))
+    found = {name: getattr(solution, name).squeeze(-1) for name in tensors}
+    return replace(solution, enclosure=enclosure, **found)
 
 
 def _distribution(weights: Tensor, P: Transition) -> Tensor:

@@ -1,8 +1,10 @@
 """What a solve returns: the answer and the evidence for it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 Norm = Literal["inf", "one"]
@@ -33,6 +35,41 @@ class Progress(NamedTuple):
     """Since the solve began."""
 
 
+class Enclosure:
+    """Bounds of each number of an answer, lower and upper, found when they are first asked for.
+
+    Few ask, and to find them takes several passes over vectors as long as the answer, and twice its memory.
+    """
+
+    def __init__(self, find: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """`find` may hold no memory that others write to before it is called."""
+        self._find: Callable[[], tuple[Tensor, Tensor]] | None = find
+        self._ends: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, lower: Tensor, upper: Tensor) -> "Enclosure":
+        """One that is known."""
+        return cls(lambda: (lower, upper))
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The lower and the upper bounds, the same tensors each time; they carry no gradients."""
+        # Another thread may be here too, and finds the same.
+        find = self._find
+        if find is not None:
+            with torch.no_grad():
+                self._ends = find()
+            self._find = None
+        return self._ends
+
+    def then(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> "Enclosure":
+        """What a function makes of lower and upper bounds."""
+        return Enclosure(lambda: change(*self.ends()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy, or a file, holds the bounds themselves.
+        return Enclosure.of, self.ends()
+
+
 @dataclass(frozen=True, eq=False)
 class Solution:
     """An answer y ≈ y* = (1 − µ)(I − µP)⁻¹ s with its certificate.
@@ -43,8 +80,7 @@ class Solution:
 
     Attributes:
         value: y, shape [..., N, K] (or [N], as s was), dtype of s.
-        lower: Elementwise lower bound of y*, shaped like `value`.
-        upper: Elementwise upper bound of y*, shaped like `value`.
+        enclosure: `lower` and `upper`, which are computed when one of them is first asked for.
         error_bound: ‖y − y*‖ is at most this, in units of s, per right-hand side, shape [..., K].
         converged: Whether `error_bound` ≤ tol·‖s‖, shape [..., K].
         steps: Steps of the solver, shape [..., K].
@@ -56,8 +92,7 @@ class Solution:
     """
 
     value: Tensor
-    lower: Tensor
-    upper: Tensor
+    enclosure: Enclosure
     error_bound: Tensor
     converged: Tensor
     steps: Tensor
@@ -65,6 +100,16 @@ class Solution:
     norm: Norm
     solver: str
     reason: str
+
+    @property
+    def lower(self) -> Tensor:
+        """Elementwise lower bound of y*, shaped like `value`."""
+        return self.enclosure.ends()[0]
+
+    @property
+    def upper(self) -> Tensor:
+        """Elementwise upper bound of y*, shaped like `value`."""
+        return self.enclosure.ends()[1]
 
     def __repr__(self) -> str:
         if self.error_bound.numel() == 0:

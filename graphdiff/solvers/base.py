@@ -25,7 +25,7 @@ from graphdiff import checks
 from graphdiff.memory import empty
 from graphdiff.operators.base import Transition
 from graphdiff.operators.held import holds
-from graphdiff.solution import Norm, Progress
+from graphdiff.solution import Enclosure, Norm, Progress
 
 # Each refinement gains several digits unless rounding has taken over; more than this never helped.
 MAX_REFINEMENTS = 6
@@ -185,13 +185,12 @@ class Solver(ABC):
 class Certified(NamedTuple):
     """An answer and its evidence before the last cast.
 
-    x, lower and upper are [..., N, K], the bound and what of it is owed to rounding [..., 1, K], counts
+    x and its enclosure are [..., N, K], the bound and what of it is owed to rounding [..., 1, K], counts
     [..., K]; the product is P x as the certificate found it, if that was to be kept and a solver was asked.
     """
 
     x: Tensor
-    lower: Tensor
-    upper: Tensor
+    enclosure: Enclosure
     error_bound: Tensor
     rounding: Tensor
     steps: Tensor
@@ -429,39 +428,29 @@ def solve_certified(
     width = channels if solver.together else _width(solver, operator, mu, rhs)
     solved = functools.partial(_solve_some, solver, state, operator, mu, budget, keep)
     if width >= channels:
-        # Two and two: the bounds outlive the others.
-        bounds, others = (empty((2, *rhs.shape), rhs).unbind() for _ in range(2))
-        room = Room(*bounds, *others)
-        return solved(rhs.contiguous(), initial.contiguous(), atol.contiguous(), room)
-    vectors, parts = [empty(rhs.shape, rhs) for _ in range(3)], []
-    spare: Sequence[Tensor] = []
+        return solved(rhs.contiguous(), initial.contiguous(), atol.contiguous())
+    x, parts = empty(rhs.shape, rhs), []
     for first in range(0, channels, width):
         some = slice(first, first + width)
-        b, start, allowed = (x[..., some] for x in (rhs, initial, atol))
-        if not spare or spare[0].shape != b.shape:
-            spare = empty((2 + len(Room._fields), *b.shape), rhs).unbind()
+        b, start, allowed = (v[..., some] for v in (rhs, initial, atol))
         budget.waiting = rhs[..., :1, some.stop :].numel()
-        given = spare[0].copy_(b), spare[1].copy_(start), allowed.contiguous()
-        part = solved(*given, Room(*spare[2:]))
-        for vector, found in zip(vectors, part[:3], strict=True):
-            vector[..., some] = found
-        parts.append(part[3:])
-    *evidence, products = zip(*parts, strict=True)
-    whole = Certified(*vectors, *(torch.cat(x, -1) for x in evidence))
-    kept = all(x is not None for x in products)
+        part = solved(*(empty(v.shape, v).copy_(v) for v in (b, start)), allowed.contiguous())
+        x[..., some] = part.x
+        parts.append(part[1:])
+    enclosures, *evidence, products = zip(*parts, strict=True)
+    whole = Certified(x, _beside(enclosures), *(torch.cat(v, -1) for v in evidence))
+    kept = all(v is not None for v in products)
     return whole._replace(product=torch.cat(products, -1)) if kept else whole
 
 
-class Room(NamedTuple):
-    """Memory to solve for a few channels in, [..., N, K] each, used again for the next.
+def _beside(enclosures: Sequence[Enclosure]) -> Enclosure:
+    """That of all channels, from those of some each."""
 
-    New memory costs several times what a sum over it does.
-    """
+    def find() -> tuple[Tensor, Tensor]:
+        lower, upper = zip(*(some.ends() for some in enclosures), strict=True)
+        return torch.cat(lower, -1), torch.cat(upper, -1)
 
-    lower: Tensor
-    upper: Tensor
-    residual: Tensor
-    scratch: Tensor
+    return Enclosure(find)
 
 
 def _width(solver: Solver, operator: Transition, mu: Tensor, rhs: Tensor) -> int:
@@ -484,7 +473,6 @@ def _solve_some(
     rhs: Tensor,
     initial: Tensor,
     atol: Tensor,
-    room: Room,
 ) -> Certified:
     """`solve_certified` for a few channels, all of whose numbers lie beside each other."""
     dtype = operator.dtype
@@ -493,7 +481,7 @@ def _solve_some(
     if dtype != initial.dtype:
         allowed = torch.clamp(atol - cast_error(initial, dtype, norm_of(operator)), min=0.25 * atol)
     target = 0.95 * allowed
-    best = _Best(operator, mu, rhs, initial, allowed, keep, room)
+    best = _Best(operator, mu, rhs, initial, allowed, keep)
     walk = getattr(state, "operator", None)
     if holds(walk, operator):
         best.precise[dtype] = walk
@@ -533,7 +521,7 @@ def _solve_some(
             asked = asked & (not budget.timed_out)
             again = bool(asked.any())
             if again:
-                candidate = best.x + best.residual
+                candidate = best.middle.clone()
         if not left:
             break
         # Where a refinement no longer halves the bound, rounding has taken over and none will.
@@ -548,9 +536,8 @@ def _solve_some(
         # What is left above the target is the certificate's own rounding: make room for it.
         target = 0.1 * target
     x = best.x.contiguous()  # which may be one 0 for all nodes
-    bounds = best.lower.expand_as(rhs), best.upper.expand_as(rhs)
-    evidence = *bounds, best.bound, best.rounding, steps, best.matvecs
-    return Certified(x, *evidence, best.product)
+    evidence = best.bound, best.rounding, steps, best.matvecs
+    return Certified(x, best.enclosure, *evidence, best.product)
 
 
 class Evidence(NamedTuple):
@@ -570,7 +557,10 @@ class Evidence(NamedTuple):
 
 
 class _Best:
-    """The best answer so far and what is known of it; at first x = 0, whose residual is b."""
+    """The best answer so far and what is known of it; at first x = 0.
+
+    Of its residual r stands x + r = b + µPx, from which bounds of x* are found, the middle between them.
+    """
 
     def __init__(
         self,
@@ -580,12 +570,11 @@ class _Best:
         initial: Tensor,
         allowed: Tensor,
         keep: bool,
-        room: Room,
     ) -> None:
         self.operator, self.mu, self.rhs, self.norm = operator, mu, rhs, norm_of(operator)
         self.nothing = torch.zeros((), dtype=rhs.dtype, device=rhs.device).expand(rhs.shape)
-        self.x, self.residual = self.nothing, rhs
-        self.room, self.scratch = room, room.scratch
+        self.x, self.middle = self.nothing, rhs
+        self.spare: Tensor | None = None
         self.reach: Tensor
         self.inverse: Tensor
         self.least: Tensor
@@ -599,13 +588,14 @@ class _Best:
             self.least = remaining.amin(-2, keepdim=True)
             self.inverse = remaining.reciprocal_()
         self.initial = initial
-        known = self._compiled_evidence(operator, None)
+        known = self._compiled_evidence(0.0, 0.0, None) if _long(rhs) else None
         if known is None:
             b_size = size(rhs, self.norm, self.scratch)
-            known = self._concluded(*self._interval(rhs, b_size), b_size, 0.0)
+            known = self._concluded(*self._interval(rhs, self.scratch, b_size), b_size, 0.0)
         self.rhs_size, self.bound, self.rounding = known.size, known.bound, known.rounding
         # One number for all nodes, until a solver was asked.
-        self.lower, self.upper = known.low - known.extra, known.high + known.extra
+        lower, upper = known.low - known.extra, known.high + known.extra
+        self.enclosure = Enclosure.of(lower.expand_as(rhs), upper.expand_as(rhs))
         self.untouched = self.bound > allowed
         self.matvecs = torch.zeros(*rhs.shape[:-2], rhs.shape[-1], dtype=torch.int64, device=rhs.device)
         self.precise = {operator.dtype: operator}
@@ -614,9 +604,21 @@ class _Best:
         self.product: Tensor | None = None
         self.walked: Tensor | None = None
 
+    @property
+    def residual(self) -> Tensor:
+        """That of the best answer."""
+        return self.middle - self.x
+
+    @property
+    def scratch(self) -> Tensor:
+        """Memory like that of b, for passes that are not compiled: new memory takes longer than a sum."""
+        if self.spare is None:
+            self.spare = empty(self.rhs.shape, self.rhs)
+        return self.spare
+
     def initial_size(self) -> Tensor:
         """That of the first guess, [..., 1, K]."""
-        return size(self.initial, self.norm, self.scratch)
+        return size(self.initial, self.norm)
 
     def moved(self, step: Tensor) -> Tensor:
         """x and a step more; from x = 0 the step itself, unless others have its memory too."""
@@ -632,10 +634,9 @@ class _Best:
         if precision not in self.precise:
             self.precise[precision] = self.operator.to(precision)
         operator = self.precise[precision]
-        residual, known, compiled = self._evidence(operator, candidate)
+        middle, known, compiled = self._evidence(operator, candidate)
         bound, rounding = known.bound, known.rounding
-        everyone = bool(asked.all())
-        self._narrow(operator, candidate, residual, known, None if everyone else asked, compiled)
+        self._narrow(operator, middle, known, None if bool(asked.all()) else asked, compiled)
         # 0 may have the smaller bound, but unless it is the first guess it is nobody's answer: where it is
         # not good enough the solver's first takes its place, if that is not so large that 0 must be nearer.
         # What is known of x* holds for both.
@@ -644,90 +645,82 @@ class _Best:
         if not bool(better.all()):
             worse = asked & untouched & ~better & (self.initial_size() > 0)
             if bool(worse.any()):
-                near = size(candidate, self.norm, self.scratch) <= 2 * self.bound
+                near = size(candidate, self.norm) <= 2 * self.bound
                 worse = worse & near & bound.isfinite()
                 if self.norm == "inf" and bool(worse.any()):
-                    apart = torch.maximum(self.upper - candidate, candidate - self.lower)
+                    lower, upper = self.enclosure.ends()
+                    apart = torch.maximum(upper - candidate, candidate - lower)
                     apart = extreme(torch.amax, apart)
                     apart = apart * (1 + 4 * torch.finfo(apart.dtype).eps)
                     bound = torch.where(worse, torch.minimum(bound, apart), bound)
                 better = better | worse
             candidate = torch.where(better, candidate, self.x)
-            torch.where(better, residual, self.residual, out=residual)
+            middle = torch.where(better, middle, self.middle)
             bound = torch.where(better, bound, self.bound)
             rounding = torch.where(better, rounding, self.rounding)
             if self.walked is not None:
                 before = torch.zeros_like(self.walked) if self.product is None else self.product
                 self.walked = torch.where(better, self.walked, before)
-        self.x, self.residual, self.bound, self.rounding = candidate, residual, bound, rounding
+        self.x, self.middle, self.bound, self.rounding = candidate, middle, bound, rounding
         self.product = self.walked
 
     def _narrow(
-        self,
-        operator: Transition,
-        x: Tensor,
-        residual: Tensor,
-        known: Evidence,
-        asked: Tensor | None,
-        compiled: bool,
+        self, operator: Transition, middle: Tensor, known: Evidence, asked: Tensor | None, compiled: bool
     ) -> None:
         """Narrow the bounds of x* by the evidence of an x; where only some are `asked`, theirs alone."""
         # Every answer's interval holds, whether or not it is the best; node by node it is narrower than the
         # bound, because the error is e = r + MPe, and what lies between low and high is not e alone but Pe.
         # reach·(low − extra) − (1 − reach)·extra is reach·low − extra.
-        reach, places = self._reach(operator), (self.room.lower, self.room.upper)
-        if compiled and asked is None:
-            _compiled().narrowed(x, residual, reach, known[:3], (self.lower, self.upper), places)
-            self.lower, self.upper = places
-            return
-        walked, ends = torch.add(x, residual, out=self.scratch), []
-        for end, before, share, narrower, place in (
-            (known.low, self.lower, -known.extra, torch.maximum, places[0]),
-            (known.high, self.upper, known.extra, torch.minimum, places[1]),
-        ):
-            # In its place, unless the best so far stands there.
-            found = None if before is place else place
-            # Compiled passes round in this order.
-            if reach.shape[-2] == 1:
-                found = torch.add(walked, reach * end + share, out=found)
-            else:
-                found = torch.mul(reach, end, out=found).add_(share).add_(walked)
-            if asked is not None:
-                torch.where(asked, found, before, out=found)
-            ends.append(narrower(found, before, out=place))
-        self.lower, self.upper = ends
+        reach, before = self._reach(operator), self.enclosure.ends()
+        ends = known.low, known.high, known.extra
+        narrowed = _compiled().narrowed if compiled and asked is None else None
+
+        def find() -> tuple[Tensor, Tensor]:
+            if narrowed is None:
+                return _narrowed(middle, reach, ends, before, asked)
+            found: tuple[Tensor, Tensor] = narrowed(middle, reach, ends, before)
+            return found
+
+        self.enclosure = Enclosure(find)
 
     def _evidence(self, operator: Transition, x: Tensor) -> tuple[Tensor, Evidence, bool]:
-        """The residual of x, what follows from it, in the dtype of `rhs`, and whether that was compiled.
+        """The middle of x, what follows from its residual, in the dtype of `rhs`, and whether that was compiled.
 
         The product and the residual are computed in the operator's dtype.
         """
         dtype, rhs, y = operator.dtype, self.rhs, x.to(operator.dtype)
-        walked = operator.matmul(y)
+        walked, rounding = operator.matmul(y), operator.rounding(dtype)
         if self.keep:
             self.walked = walked
-        into, same = self.room.residual, dtype == rhs.dtype
-        if self.residual is into:
-            into = torch.empty_like(into)
-        found = self._compiled_evidence(operator, (self.mu, walked, x, into)) if same else None
-        if found is not None:
-            return into, found, True
-        out = into if same else None
-        narrow = torch.addcmul(rhs.to(dtype), self.mu.to(dtype), walked, out=out).sub_(y)
-        _ = narrow if same else into.copy_(narrow)
-        low, high, x_size = *self._interval(into), size(x, self.norm, self.scratch)
-        return into, self._concluded(low, high, x_size, self.slack(operator, x_size)), False
+        if dtype == rhs.dtype and not isinstance(rounding, Tensor) and _long(rhs):
+            # The products of edges are in memory of their own.
+            its_own = operator.sparse and not self.keep and walked.is_contiguous()
+            middle = walked if its_own else empty(rhs.shape, rhs)
+            units = float(rounding), 2 * torch.finfo(dtype).eps
+            found = self._compiled_evidence(*units, (self.mu, walked, x, middle))
+            if found is not None:
+                return middle, found, True
+            walked = operator.matmul(y)
+        x_size, middle = size(x, self.norm, self.scratch), empty(rhs.shape, rhs)
+        if dtype == rhs.dtype:
+            torch.addcmul(rhs, self.mu, walked, out=middle)
+            residual = torch.sub(middle, x, out=self.scratch)
+        else:
+            narrow = torch.addcmul(rhs.to(dtype), self.mu.to(dtype), walked).sub_(y)
+            residual = self.scratch.copy_(narrow)
+            torch.add(x, residual, out=middle)
+        ends = self._interval(residual, residual)
+        return middle, self._concluded(*ends, x_size, self.slack(operator, x_size)), False
 
     def _compiled_evidence(
-        self, operator: Transition, started: tuple[Tensor, Tensor, Tensor, Tensor] | None
+        self, product: float, vectors: float, started: tuple[Tensor, Tensor, Tensor, Tensor] | None
     ) -> Evidence | None:
-        """That of x = 0, or as in `evidence.judged`, where that finds numbers."""
-        product = 0.0 if started is None else operator.rounding(operator.dtype)
-        if isinstance(product, Tensor) or not _long(self.rhs):
-            return None
-        vectors = 0.0 if started is None else 2 * torch.finfo(operator.dtype).eps
+        """That of x = 0, or as in `evidence.judged`, where that finds numbers.
+
+        What of the size of x rounding may be in a product, and of both sizes in the sums.
+        """
         known = self.least, None if started is None else self.rhs_size
-        units = self._terms(), float(product), vectors
+        units = self._terms(), product, vectors
         found = _compiled().judged(self.rhs, self.inverse, known, self.norm == "one", units, started)
         return None if found is None else Evidence(*found)
 
@@ -736,19 +729,22 @@ class _Best:
         bound = _interval_norm(low - extra, high + extra, self.norm)
         return Evidence(low, high, extra, x_size, bound, extra + extra if self.norm == "one" else extra)
 
-    def _interval(self, residual: Tensor, magnitude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _interval(
+        self, residual: Tensor, into: Tensor, magnitude: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Bounds of the entries of x* − x, both [..., 1, K]; in the 1-norm, masses below and above 0.
 
-        The magnitude is the size of the residual, if that is known.
+        The magnitude is the size of the residual, if that is known. What is in `into`, which may be the
+        residual, is lost.
         """
         if self.norm == "inf":
-            q = torch.mul(residual, self.inverse, out=self.scratch)
+            q = torch.mul(residual, self.inverse, out=into)
             return extreme(torch.amin, q), extreme(torch.amax, q)
         # From their sum and their difference, in fewer passes than one by one. No rounding makes the sum
         # larger than that of magnitudes, which is added up in the same order.
-        if magnitude is None:
-            magnitude = size(residual, "one", self.scratch)
         mass, half = residual.sum(-2, keepdim=True), 0.5 * self.inverse
+        if magnitude is None:
+            magnitude = size(residual, "one", into)
         return (mass - magnitude) * half, (mass + magnitude) * half
 
     def slack(self, operator: Transition, x_size: Tensor) -> Tensor:
@@ -768,6 +764,30 @@ class _Best:
             return self.reach.to(self.rhs.dtype)
         sums = operator.row_sums if self.norm == "inf" else operator.largest_row_sum
         return (self.mu * sums).to(self.rhs.dtype)
+
+
+def _narrowed(
+    middle: Tensor,
+    reach: Tensor,
+    known: tuple[Tensor, Tensor, Tensor],
+    best: tuple[Tensor, Tensor],
+    asked: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The bounds of x* that follow from low, high and extra, where they are narrower than the best so far."""
+    (low, high, extra), ends = known, []
+    for end, before, share, narrower in (
+        (low, best[0], -extra, torch.maximum),
+        (high, best[1], extra, torch.minimum),
+    ):
+        # Compiled passes round in this order.
+        if reach.shape[-2] == 1:
+            found = torch.add(middle, reach * end + share)
+        else:
+            found = torch.mul(reach, end).add_(share).add_(middle)
+        if asked is not None:
+            found = torch.where(asked, found, before)
+        ends.append(narrower(found, before))
+    return ends[0], ends[1]
 
 
 def cast_error(x: Tensor, dtype: torch.dtype, norm: Norm) -> Tensor:

@@ -63,7 +63,7 @@ def _judged_beside(
     b: Any,
     walked: Any,
     x: Any,
-    residual: Any,
+    middle: Any,
     mu: Any,
     inverse: Any,
     started: bool,
@@ -72,14 +72,14 @@ def _judged_beside(
     first: int,
     lanes: Any,
 ) -> None:
-    """Columns of the residual b − x + µPx from the `first` on; if not `started`, x = 0 and it is b.
+    """Columns of b + µPx from the `first` on into `middle`, which may be `walked`; not so if not `started`.
 
-    With q = r times `inverse`, puts max q, max −q and max |x|, of b if not started, into `found` [6, K]; if
+    Less x it is the residual r; if not started, x = 0 and r = b. With q = r times `inverse`, puts max q, max −q and max |x|, of b if not started, into `found` [6, K]; if
     `summed`, Σ r, Σ |r| and Σ |x|; and then 0, if all of them are finite numbers, else nan.
     """
     last = first + len(lanes)
     right, product, answer = b[:, first:last], walked[:, first:last], x[:, first:last]
-    left, told, rate, scale = residual[:, first:last], found[:, first:last], mu, inverse
+    into, told, rate, scale = middle[:, first:last], found[:, first:last], mu, inverse
     if mu.shape[1] > 1:
         rate = mu[:, first:last]
     if inverse.shape[1] > 1:
@@ -90,9 +90,9 @@ def _judged_beside(
     for i in range(uint64(len(right))):
         r = y = load(right, i, lanes)
         if started:
-            y = load(answer, i, lanes)
-            r = r + _times(load(product, i, lanes), rate, i, lanes) - y
-            store(left, i, r)
+            y, r = load(answer, i, lanes), r + _times(load(product, i, lanes), rate, i, lanes)
+            store(into, i, r)
+            r = r - y
         if summed:
             up, up1, up2, up3 = up1, up2, up3, up + r
             down, down1, down2, down3 = down1, down2, down3, down + magnitude(r)
@@ -119,7 +119,7 @@ def _judged(
     b: Any,
     walked: Any,
     x: Any,
-    residual: Any,
+    middle: Any,
     mu: Any,
     inverse: Any,
     started: bool,
@@ -130,13 +130,13 @@ def _judged(
 ) -> None:
     """`_judged_beside`; of a signal alone nodes stand beside each other where nothing is summed."""
     if len(lanes) > 1 or b.shape[1] > 1 or summed or len(b) < LINE:
-        _judged_beside(b, walked, x, residual, mu, inverse, started, summed, found, first, lanes)
+        _judged_beside(b, walked, x, middle, mu, inverse, started, summed, found, first, lanes)
         return
     eight, one = np.empty((4, len(EIGHT))), np.empty((4, 1))
-    left, parts = _eights(residual), (_eights(mu), _eights(inverse))
-    _judged_beside(_eights(b), _eights(walked), _eights(x), left, *parts, started, False, eight, 0, EIGHT)
-    left, ends = _last(residual), (_last(mu), _last(inverse))
-    _judged_beside(_last(b), _last(walked), _last(x), left, *ends, started, False, one, 0, ONE)
+    into, parts = _eights(middle), (_eights(mu), _eights(inverse))
+    _judged_beside(_eights(b), _eights(walked), _eights(x), into, *parts, started, False, eight, 0, EIGHT)
+    into, ends = _last(middle), (_last(mu), _last(inverse))
+    _judged_beside(_last(b), _last(walked), _last(x), into, *ends, started, False, one, 0, ONE)
     _joined(eight, one, found[:4])
 
 
@@ -171,7 +171,7 @@ def _judged_alone(
     b: Any,
     walked: Any,
     x: Any,
-    residual: Any,
+    middle: Any,
     mu: Any,
     inverse: Any,
     started: bool,
@@ -181,7 +181,7 @@ def _judged_alone(
     found: Any,
 ) -> Any:
     """All of `judged` for a signal alone, into `found` [6, 1]."""
-    _judged(b, walked, x, residual, mu, inverse, started, summed, found, 0, ONE)
+    _judged(b, walked, x, middle, mu, inverse, started, summed, found, 0, ONE)
     told = np.empty((2, 1))
     told[0, 0], told[1, 0] = known
     return _concluded(found, inverse, told, summed, units)
@@ -218,8 +218,7 @@ def _sized(x: Any, summed: bool, found: Any, first: int, lanes: Any) -> None:
 
 @compiled
 def _narrowed_beside(
-    x: Any,
-    residual: Any,
+    middle: Any,
     reach: Any,
     ends: Any,
     lower: Any,
@@ -229,14 +228,14 @@ def _narrowed_beside(
     first: int,
     lanes: Any,
 ) -> None:
-    """Columns of x + r + reach·low − extra, or `lower` where that is more, into `below`; so `above`.
+    """Columns of middle + reach·low − extra, or `lower` where that is more, into `below`; so `above`.
 
     `ends` are low, high and extra, [3, K].
     """
     last, share = first + len(lanes), reach
     if reach.shape[1] > 1:
         share = reach[:, first:last]
-    answer, left, told = x[:, first:last], residual[:, first:last], ends[:, first:last]
+    between, told = middle[:, first:last], ends[:, first:last]
     floor, ceiling = lower[:, first:last], upper[:, first:last]
     bottom, top = below[:, first:last], above[:, first:last]
     low, high, extra = (
@@ -245,9 +244,9 @@ def _narrowed_beside(
         load(told, uint64(2), lanes),
     )
     nothing = zeros(lanes)
-    for i in range(uint64(len(answer))):
+    for i in range(uint64(len(between))):
         best = i if len(floor) > 1 else uint64(0)
-        walked = load(answer, i, lanes) + load(left, i, lanes)
+        walked = load(between, i, lanes)
         found = walked + (_times(low, share, i, lanes) - extra)
         store(bottom, i, larger(found, load(floor, best, lanes)))
         found = walked + (_times(high, share, i, lanes) + extra)
@@ -256,8 +255,7 @@ def _narrowed_beside(
 
 @compiled
 def _narrowed(
-    x: Any,
-    residual: Any,
+    middle: Any,
     reach: Any,
     ends: Any,
     lower: Any,
@@ -268,16 +266,16 @@ def _narrowed(
     lanes: Any,
 ) -> None:
     """`_narrowed_beside`; of a signal alone nodes stand beside each other."""
-    if len(lanes) > 1 or x.shape[1] > 1 or len(x) < LINE:
-        _narrowed_beside(x, residual, reach, ends, lower, upper, below, above, first, lanes)
+    if len(lanes) > 1 or middle.shape[1] > 1 or len(middle) < LINE:
+        _narrowed_beside(middle, reach, ends, lower, upper, below, above, first, lanes)
         return
     told = np.empty((3, len(EIGHT)))
     for k in range(3):
         told[k] = ends[k, 0]
     places, best = (_eights(below), _eights(above)), (_eights(lower), _eights(upper))
-    _narrowed_beside(_eights(x), _eights(residual), _eights(reach), told, *best, *places, 0, EIGHT)
+    _narrowed_beside(_eights(middle), _eights(reach), told, *best, *places, 0, EIGHT)
     places, best = (_last(below), _last(above)), (_last(lower), _last(upper))
-    _narrowed_beside(_last(x), _last(residual), _last(reach), ends, *best, *places, 0, ONE)
+    _narrowed_beside(_last(middle), _last(reach), ends, *best, *places, 0, ONE)
 
 
 @compiled(error_model="numpy")
@@ -365,8 +363,8 @@ def judged(
 
     `inverse` is [..., 1 or N, 1 or K]. `known` are the least 1 − µ·rowsum, [..., 1, 1 or K], and the size of
     b; `units` how much of the bounds, of the size of x, and of both sizes rounding may be. For x ≠ 0,
-    `started` are µ like `inverse`, and like b Px, x and where the residual goes, whose numbers lie beside
-    each other.
+    `started` are µ like `inverse`, and like b Px, x and where b + µPx goes, which may be that of Px, whose
+    numbers lie beside each other.
     """
     batch, channels = b.shape[:-2], b.shape[-1]
     if channels == 1 and not batch:
@@ -395,25 +393,26 @@ def judged(
 
 
 def narrowed(
-    x: Tensor,
-    residual: Tensor,
+    middle: Tensor,
     reach: Tensor,
     ends: tuple[Tensor, Tensor, Tensor],
     best: tuple[Tensor, Tensor],
-    into: tuple[Tensor, Tensor],
-) -> None:
-    """Puts the bounds of x* that `_narrowed` makes of the best so far, [..., 1 or N, K], into those like x.
+) -> tuple[Tensor, Tensor]:
+    """The bounds of x* that `_narrowed` makes of the best so far, [..., N, K], for a middle [..., N, K].
 
-    `reach` is [..., 1 or N, 1 or K], the `ends` are low, high and extra of the evidence, [..., 1, K].
+    `reach` is [..., 1 or N, 1 or K], the `ends` are low, high and extra of the evidence, [..., 1, K]. Where
+    the best are one number for all nodes, they may be expanded.
     """
-    batch = x.shape[:-2]
-    if x.shape[-1] == 1 and not batch:
-        told = np.array([[float(end)] for end in ends])
-        arrays = [np.ascontiguousarray(v.numpy()) for v in (x, residual, reach, *best, *into)]
-        _narrowed(*arrays[:3], told, *arrays[3:], 0, ONE)
-        return
+    batch, into = middle.shape[:-2], (empty(middle.shape, middle), empty(middle.shape, middle))
     if batch:
         reach = reach.expand(*batch, *reach.shape[-2:])
     told = np.concatenate([_arrays(end) for end in ends], 1)
-    arrays = [*(_arrays(v) for v in (x, residual, reach)), told, *(_arrays(v) for v in (*best, *into))]
+    rest = (_arrays(_as_one(v)) for v in best), (_arrays(v) for v in into)
+    arrays = [_arrays(middle), _arrays(reach), told, *rest[0], *rest[1]]
     _passed(_narrowed, list(zip(*arrays, strict=True)))
+    return into
+
+
+def _as_one(x: Tensor) -> Tensor:
+    """[..., N, K] as [..., 1, K] where one number stands for all nodes."""
+    return x[..., :1, :] if x.stride(-2) == 0 else x

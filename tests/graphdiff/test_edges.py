@@ -156,7 +156,7 @@ FACTORS = {"channels": (1, 5), "nodes": (75, 1), "batch": (2, 1, 1), "one of a b
 
 
 def evidence_of(norm, vectors, mu, inverse, started):
-    """As found compiled, and by the passes of torch; the residual besides."""
+    """As found compiled, and by the passes of torch; the residual and the middle besides."""
     least, into = (1 / inverse).amin(-2, keepdim=True), torch.empty_like(vectors["b"])
     b_size = vectors["b"].abs().amax(-2, keepdim=True) if norm == "inf" else vectors["b"].abs().sum(-2, True)
     known, units = (
@@ -177,7 +177,7 @@ def evidence_of(norm, vectors, mu, inverse, started):
         apart = high - low
     extra = (units[1] * size + units[2] * (2 * size + b_size)) / least + units[0] / least * apart
     bound, rounding = apart + extra * (1 + (norm == "one")), extra * (1 + (norm == "one"))
-    return found, (low, high, extra, size, bound, rounding), (into, r)
+    return found, (low, high, extra, size, bound, rounding), (into, vectors["b"] + mu * vectors["walked"])
 
 
 @pytest.mark.parametrize("norm", ["inf", "one"])
@@ -190,11 +190,11 @@ def test_evidence_is_what_torch_finds_in_more_passes(norm, started, kind):
     shape = FACTORS.get(kind, (1, 1))
     mu = 0.2 + 0.7 * torch.rand(shape, generator=g, dtype=torch.float64)
     inverse = 1 / (1 - (mu if norm == "inf" else mu.amax(-2, keepdim=True)))
-    found, expected, (into, r) = evidence_of(norm, vectors, mu, inverse, started)
+    found, expected, (into, middle) = evidence_of(norm, vectors, mu, inverse, started)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=0)
     if started:
-        assert torch.equal(into, r)
+        assert torch.equal(into, middle)
 
 
 @pytest.mark.parametrize("norm", ["inf", "one"])
@@ -229,17 +229,16 @@ def test_bounds_are_narrowed_to_the_bit_as_by_torch(kind):
     def numbers(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    x, residual, before, after = (numbers(*batch, nodes, channels) for _ in range(4))
+    middle, before, after = (numbers(*batch, nodes, channels) for _ in range(3))
     reach, extra = numbers(*FACTORS.get(kind, (1, 1))).abs(), numbers(*batch, 1, channels).abs()
     low, high = -numbers(*batch, 1, channels).abs(), numbers(*batch, 1, channels).abs()
-    wanted = (x + residual) + (reach * low - extra), (x + residual) + (reach * high + extra)
-    # Bounds of one number a signal, and those that are replaced.
-    for best in ((before[..., :1, :], after[..., :1, :]), (before.clone(), after.clone())):
+    wanted = middle + (reach * low - extra), middle + (reach * high + extra)
+    ends = [x[..., :1, :].expand_as(x) for x in (before, after)]
+    # Bounds of one number a signal, and of one a node.
+    for best in ((before[..., :1, :], after[..., :1, :]), ends, (before, after)):
         expected = torch.maximum(wanted[0], best[0]), torch.minimum(wanted[1], best[1])
-        whole = best[0].shape == x.shape
-        into = best if whole else (torch.empty_like(x), torch.empty_like(x))
-        evidence.narrowed(x, residual, reach, (low, high, extra), best, into)
-        assert all(torch.equal(a, b) for a, b in zip(into, expected, strict=True))
+        found = evidence.narrowed(middle, reach, (low, high, extra), best)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_an_answer_never_lies_in_the_memory_of_what_was_given():
