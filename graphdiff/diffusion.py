@@ -10,11 +10,10 @@ from torch import Tensor
 
 from graphdiff import checks
 from graphdiff.implicit import Call, Ending, OnFailure, Outcome, concluded, ending, implicit_solve, spent
-from graphdiff.memory import empty
 from graphdiff.operators.base import Transition, check_transition
 from graphdiff.solution import Enclosure, Norm, Progress, Solution
 from graphdiff.solvers.auto import Auto, chosen
-from graphdiff.solvers.base import Budget, Solver, norm_of, size
+from graphdiff.solvers.base import Budget, Solver, norm_of, scaled, size
 from graphdiff.solvers.shifted import Shifted
 
 
@@ -168,8 +167,13 @@ def solve_scaled(
     operator = P.to(torch.float32) if P.dtype in (torch.float16, torch.bfloat16) else P
     wide = torch.float32 if P.device.type == "mps" else torch.float64
     seed, mu = signal.to(wide).expand(shape), mu.to(wide)
-    room = empty(shape, seed)
-    sizes = size(seed.detach(), norm, room)
+    # One tensor less another takes torch half of the time of a number less a tensor.
+    remaining, rhs = torch.ones_like(mu) - mu, None
+    recorded = torch.is_grad_enabled() and (mu.requires_grad or seed.requires_grad)
+    if scaling is None and not recorded:
+        rhs, sizes = scaled(seed.detach(), remaining.detach(), norm)
+    else:
+        sizes = size(seed.detach(), norm)
     if not all(map(math.isfinite, sizes.reshape(-1).tolist())):
         checks.finite(signal, "s")
     atol = tol * sizes
@@ -184,14 +188,12 @@ def solve_scaled(
         target = torch.clamp(atol / largest - extra, min=0.25 * atol / largest)
     method, why = chosen(solver, operator, mu, shape[-1], tol)
     call = Call(operator, method, tol, budget, on_failure)
-    recorded = torch.is_grad_enabled() and (mu.requires_grad or seed.requires_grad)
-    # One tensor less another takes torch half of the time of a number less a tensor.
-    rhs = torch.mul(torch.ones_like(mu) - mu, seed, out=None if recorded else room)
+    rhs = remaining * seed if rhs is None else rhs
     answer = implicit_solve(call, rhs, mu, initial=start, atol=target)
 
     y, enclosure, mask = checks.real(answer.x, P.mask), answer.enclosure, P.mask
     if mask is not None:
-        enclosure = enclosure.then(lambda *ends: (checks.real(ends[0], mask), checks.real(ends[1], mask)))
+        enclosure = enclosure.then(lambda lower, upper: (checks.real(lower, mask), checks.real(upper, mask)))
     bound, rounding, matvecs = answer.error_bound, answer.rounding, answer.matvecs
     if scaling is not None:
         y, scale = factor * y, factor.detach()
@@ -253,13 +255,13 @@ def _solve_restarting(
     def as_given(x: Tensor) -> Tensor:
         return x.squeeze(-1) if alone else x
 
-    def beside(*columns: Tensor) -> tuple[Tensor, ...]:
-        return tuple(as_given(x.squeeze(-1).mT) for x in columns)
+    def beside(x: Tensor) -> Tensor:
+        return as_given(x.squeeze(-1).mT)
 
     return replace(
         solution,
-        value=beside(solution.value)[0],
-        enclosure=solution.enclosure.then(beside),
+        value=beside(solution.value),
+        enclosure=solution.enclosure.then(lambda lower, upper: (beside(lower), beside(upper))),
         error_bound=as_given(solution.error_bound.squeeze(-1)),
         converged=as_given(solution.converged.squeeze(-1)),
         steps=as_given(solution.steps.squeeze(-1)),

@@ -228,6 +228,16 @@ def norm_of(operator: Transition) -> Norm:
     return "inf" if operator.stochastic == "rows" else "one"
 
 
+def scaled(x: Tensor, factor: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """factor·x, for a factor [..., 1 or N, 1 or K], and ‖x‖ as `size` has it; without autograd."""
+    into = empty(x.shape, x)
+    found: Tensor | None = _compiled().sized(x, norm == "one", factor, into) if _long(x) else None
+    if found is None:
+        found = size(x, norm, into)
+        torch.mul(factor, x, out=into)
+    return into, found
+
+
 def size(x: Tensor, norm: Norm, scratch: Tensor | None = None) -> Tensor:
     """‖x‖ over the nodes of each right-hand side, [..., 1, K]; `scratch`, like x, is written over."""
     if _long(x):
@@ -434,7 +444,8 @@ def solve_certified(
         some = slice(first, first + width)
         b, start, allowed = (v[..., some] for v in (rhs, initial, atol))
         budget.waiting = rhs[..., :1, some.stop :].numel()
-        part = solved(*(empty(v.shape, v).copy_(v) for v in (b, start)), allowed.contiguous())
+        given = [empty(v.shape, v).copy_(v) for v in (b, start)]
+        part = solved(given[0], given[1], allowed.contiguous())
         x[..., some] = part.x
         parts.append(part[1:])
     enclosures, *evidence, products = zip(*parts, strict=True)
@@ -684,7 +695,7 @@ class _Best:
         self.enclosure = Enclosure(find)
 
     def _evidence(self, operator: Transition, x: Tensor) -> tuple[Tensor, Evidence, bool]:
-        """The middle of x, what follows from its residual, in the dtype of `rhs`, and whether that was compiled.
+        """The middle of x and what follows from its residual, in the dtype of `rhs`; if that was compiled.
 
         The product and the residual are computed in the operator's dtype.
         """

@@ -72,10 +72,11 @@ def _judged_beside(
     first: int,
     lanes: Any,
 ) -> None:
-    """Columns of b + µPx from the `first` on into `middle`, which may be `walked`; not so if not `started`.
+    """Columns of b + µPx, from the `first` on, into `middle`, which may be `walked`, if `started`.
 
-    Less x it is the residual r; if not started, x = 0 and r = b. With q = r times `inverse`, puts max q, max −q and max |x|, of b if not started, into `found` [6, K]; if
-    `summed`, Σ r, Σ |r| and Σ |x|; and then 0, if all of them are finite numbers, else nan.
+    Less x that is the residual r; if not started, x = 0 and r = b. With q = r times `inverse`, puts max q,
+    max −q and max |x|, of b if not started, into `found` [6, K]; if `summed`, Σ r, Σ |r| and Σ |x|; and then
+    0, if all of them are finite numbers, else nan.
     """
     last = first + len(lanes)
     right, product, answer = b[:, first:last], walked[:, first:last], x[:, first:last]
@@ -188,12 +189,22 @@ def _judged_alone(
 
 
 @compiled
-def _sized_beside(x: Any, summed: bool, found: Any, first: int, lanes: Any) -> None:
-    """Columns of max |x| from the `first` on, if `summed` of Σ |x|, and below them 0 or nan as `_judged`."""
-    signals, told = x[:, first : first + len(lanes)], found[:, first : first + len(lanes)]
+def _sized_beside(x: Any, factor: Any, into: Any, summed: bool, found: Any, first: int, lanes: Any) -> None:
+    """Columns of max |x| from the `first` on, if `summed` of Σ |x|, and below them 0 or nan as `_judged`.
+
+    factor·x goes into another array, if there is one.
+    """
+    last = first + len(lanes)
+    signals, told = x[:, first:last], found[:, first:last]
+    if into is not None:
+        product, rate = into[:, first:last], factor
+        if factor.shape[1] > 1:
+            rate = factor[:, first:last]
     most = most1 = most2 = most3 = odd = zeros(lanes)
     for i in range(uint64(len(signals))):
         y = load(signals, i, lanes)
+        if into is not None:
+            store(product, i, _times(y, rate, i, lanes))
         if summed:
             most, most1, most2, most3 = most1, most2, most3, most + magnitude(y)
         else:
@@ -205,14 +216,18 @@ def _sized_beside(x: Any, summed: bool, found: Any, first: int, lanes: Any) -> N
 
 
 @compiled
-def _sized(x: Any, summed: bool, found: Any, first: int, lanes: Any) -> None:
+def _sized(x: Any, factor: Any, into: Any, summed: bool, found: Any, first: int, lanes: Any) -> None:
     """`_sized_beside`; of a signal alone nodes stand beside each other where nothing is summed."""
     if len(lanes) > 1 or x.shape[1] > 1 or summed or len(x) < LINE:
-        _sized_beside(x, summed, found, first, lanes)
+        _sized_beside(x, factor, into, summed, found, first, lanes)
         return
     eight, one = np.empty((2, len(EIGHT))), np.empty((2, 1))
-    _sized_beside(_eights(x), False, eight, 0, EIGHT)
-    _sized_beside(_last(x), False, one, 0, ONE)
+    if into is None:
+        _sized_beside(_eights(x), None, None, False, eight, 0, EIGHT)
+        _sized_beside(_last(x), None, None, False, one, 0, ONE)
+    else:
+        _sized_beside(_eights(x), _eights(factor), _eights(into), False, eight, 0, EIGHT)
+        _sized_beside(_last(x), _last(factor), _last(into), False, one, 0, ONE)
     _joined(eight, one, found)
 
 
@@ -291,7 +306,7 @@ def _reached(mu: Any, sums: Any, reach: Any, inverse: Any) -> Any:
     for i in range(count):
         inverse[i, 0] = 1 / (1 - reach[i, 0])
     most = np.empty((2, 1))
-    _sized(reach, False, most, 0, ONE)
+    _sized(reach, None, None, False, most, 0, ONE)
     return 1 - most[0, 0] + most[1, 0]
 
 
@@ -329,15 +344,27 @@ def _arrays(x: Tensor) -> Any:
     return np.ascontiguousarray(numbers.reshape(-1, *numbers.shape[-2:]))
 
 
-def sized(x: Tensor, summed: bool) -> Tensor | None:
-    """The maximum norm of each signal, or the 1-norm, [..., 1, K]; None where a number is not finite."""
-    if x.ndim == 2 and x.shape[1] == 1:
+def sized(x: Tensor, summed: bool, factor: Tensor | None = None, into: Tensor | None = None) -> Tensor | None:
+    """The maximum norm of each signal, or the 1-norm, [..., 1, K]; None where a number is not finite.
+
+    factor·x goes `into` a tensor like x, if there is one, for a factor [..., 1 or N, 1 or K].
+    """
+    batch, channels = x.shape[:-2], x.shape[-1]
+    if channels == 1 and not batch:
         found = np.empty((2, 1))
-        _sized(np.ascontiguousarray(x.numpy()), summed, found, 0, ONE)
+        rest: list[Any] = [None, None]
+        if factor is not None and into is not None:
+            rest = [np.ascontiguousarray(v.numpy()) for v in (factor, into)]
+        _sized(np.ascontiguousarray(x.numpy()), *rest, summed, found, 0, ONE)
         return torch.from_numpy(found[:1]) if found[1, 0] == 0 else None
-    vectors, channels = _arrays(x), x.shape[-1]
+    vectors = _arrays(x)
+    factors: Any = [None] * len(vectors)
+    products: Any = factors
+    if factor is not None and into is not None:
+        factors = _arrays(factor.expand(*batch, *factor.shape[-2:]) if batch else factor)
+        products = _arrays(into)
     found = np.empty((len(vectors), 2, channels))
-    _measured(_sized, [(vector,) for vector in vectors], (summed,), found)
+    _measured(_sized, list(zip(vectors, factors, products, strict=True)), (summed,), found)
     if found[:, 1].any():
         return None
     return torch.from_numpy(found[:, 0].reshape(*x.shape[:-2], 1, channels))
