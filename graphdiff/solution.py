@@ -49,7 +49,9 @@ class Enclosure:
     @classmethod
     def of(cls, lower: Tensor, upper: Tensor) -> "Enclosure":
         """One that is known."""
-        return cls(lambda: (lower, upper))
+        known = cls(lambda: (lower, upper))
+        known._ends, known._find = (lower, upper), None
+        return known
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """The lower and the upper bounds, the same tensors each time; they carry no gradients."""

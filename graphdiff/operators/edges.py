@@ -104,9 +104,9 @@ def _across(starts: Any, nodes: Any, values: Any, v: Any, found: Any) -> None:
             e += uint64(1)
 
 
-def alone(starts: Tensor, nodes: Tensor, values: Tensor, y: Tensor, across: bool) -> Tensor:
-    """P y [N, 1] for y [N, 1], or Pᵀ y `across`, by one thread; P [N, N] in compressed rows."""
+def alone(P: Any, y: Tensor, across: bool) -> Tensor:
+    """P y [N, 1] for y [N, 1], or Pᵀ y `across`, by one thread; P [N, N] is one of scipy's, in rows."""
     found = empty(y.shape, y)
-    *rows, signal, into = (x.contiguous().numpy() for x in (starts, nodes, values.detach(), y, found))
-    (_across if across else _along)(*rows, signal.reshape(-1), into.reshape(-1))
+    signal, into = y.contiguous().numpy().reshape(-1), found.numpy().reshape(-1)
+    (_across if across else _along)(P.indptr, P.indices, P.data, signal, into)
     return found

@@ -507,6 +507,10 @@ class SparseTransition(Transition):
     def _pattern(self) -> "_Pattern":
         return _Pattern(self.indptr, self.indices, self.dangling)
 
+    def _each_tensor(self) -> Iterator[Tensor]:
+        # By name: a solve asks several times, and to look through all fields takes as long as a short pass.
+        return iter([x for x in (self.values, self.log_degree, self.jump) if x is not None])
+
     def _sharing(self, other: Self) -> Self:
         # Sorting the edges by column is the dear part of a transpose: once for all operators on one pattern.
         other.__dict__["_pattern"] = self._pattern
@@ -587,7 +591,7 @@ class SparseTransition(Transition):
             rows = self.indptr, self.indices, self.values
             product = _edges().transposed(*rows, y.detach())
         elif _scipy_is_fastest(self.values, y) and y.shape[1] == 1 and _worth_compiling(self.values.numel()):
-            product = _edges().alone(self.indptr, self.indices, self.values, y.detach(), transposed)
+            product = _edges().alone(self._matrix, y.detach(), transposed)
         elif _scipy_is_fastest(self.values, y) and not _compiled_product(self.values, y):
             matrix = self._transposed_matrix if transposed else self._matrix
             product = torch.from_numpy(matrix @ y.detach().numpy())
