@@ -403,9 +403,6 @@ class _Block:
                 np.pad(v, ((0, 0), (0, self.width - width))) for v in (given, start, found)
             )
         y, x, r, p, t = self.vectors
-        x.fill(0)
-        # What is left of other signals may be no number.
-        p.fill(0)
         # Numpy makes small arrays faster so than in any other way.
         turn, step, mask = (np.zeros((1, self.width), x.dtype) for _ in range(3))
         unit, share, sums = (np.zeros((rows, self.width)) for rows in (1, 1, 2))
@@ -443,6 +440,8 @@ class _Block:
         often = self.often if x.dtype != y.dtype else None
         watched = Watched(active, steps, square, bound, bound.copy(), target, limit, turn)
         advanced(watched, done, place, self.most, often, advance, renew)
+        if not steps.any():
+            x.fill(0)
         # Residuals that only grew say that the weights are blind to what matters.
         reached = zip(bound.tolist(), largest.tolist(), steps.tolist(), strict=True)
         lost = [taken > 0 and not now < most for now, most, taken in reached]

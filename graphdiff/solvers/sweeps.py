@@ -244,10 +244,12 @@ def told(anew: Any, found: Any, size: Any, watched: Any, renewals: Any) -> bool:
 
 
 @compiled
-def _back(upper: Any, r: Any, p: Any, turn: Any, t: Any, weights: Any, sums: Any, lanes: Any) -> None:
-    """p ← r + turn·p and t = (I − U)⁻¹ p; the curvature ⟨t, 2p − t⟩ into a row of `sums`.
+def _back(
+    upper: Any, r: Any, p: Any, turn: Any, first: bool, t: Any, weights: Any, sums: Any, lanes: Any
+) -> None:
+    """p ← r + turn·p, or r at the `first` step, and t = (I − U)⁻¹ p; ⟨t, 2p − t⟩ into a row of `sums`.
 
-    That is ⟨t, (I − L − U) t⟩, for of p = (I − U) t the adjoint of I − U is I − L.
+    This is the curvature ⟨t, (I − L − U) t⟩, for of p = (I − U) t the adjoint of I − U is I − L.
     """
     (starts, nodes, values, gains, runs), beta = upper, load(turn, uint64(0), lanes)
     a, i, one, group, s0 = uint64(len(starts) - 1), uint64(len(runs)), uint64(1), uint64(GROUP), zeros(lanes)
@@ -258,7 +260,9 @@ def _back(upper: Any, r: Any, p: Any, turn: Any, t: Any, weights: Any, sums: Any
             e, last = uint64(starts[a - group]), uint64(starts[a])
             if len(lanes) == 1:
                 a -= group
-                direction = beside(r, a, EIGHT) + beside(p, a, EIGHT) * turn[0, 0]
+                direction = beside(r, a, EIGHT)
+                if not first:
+                    direction = direction + beside(p, a, EIGHT) * turn[0, 0]
                 put(p, a, direction)
                 eight = narrow(zeros(EIGHT), t)
                 while e < last:
@@ -268,7 +272,9 @@ def _back(upper: Any, r: Any, p: Any, turn: Any, t: Any, weights: Any, sums: Any
             else:
                 for k in range(group):
                     a -= one
-                    here = load(r, a, lanes) + load(p, a, lanes) * beta
+                    here = load(r, a, lanes)
+                    if not first:
+                        here = here + load(p, a, lanes) * beta
                     store(p, a, here)
                     q = narrow(zeros(lanes), t)
                     for f in range(e + (group - one - k), last, group):
@@ -278,7 +284,9 @@ def _back(upper: Any, r: Any, p: Any, turn: Any, t: Any, weights: Any, sums: Any
                     s0, s1, s2, s3 = s1, s2, s3, s0 + _curved(wide(here), wide(q)) * weights[0, a]
         while a > (uint64(runs[i - one]) if i > 0 else uint64(0)):
             a -= one
-            here = load(r, a, lanes) + load(p, a, lanes) * beta
+            here = load(r, a, lanes)
+            if not first:
+                here = here + load(p, a, lanes) * beta
             store(p, a, here)
             q = here + of_row(starts, nodes, values, t, a, lanes) * gains[a]
             store(t, a, q)
@@ -314,6 +322,7 @@ def _forth(
     p: Any,
     t: Any,
     step: Any,
+    first: bool,
     weights: Any,
     summed: bool,
     sums: Any,
@@ -321,7 +330,7 @@ def _forth(
 ) -> None:
     """With w = (I − L)⁻¹(p − t), x ← x + step·t and r ← r − step·(t + w); `sums` as `norms` has them.
 
-    In the place of t comes w.
+    At the `first` step x is 0, whatever stands there. In the place of t comes w.
     """
     (starts, nodes, values, gains, runs), alpha, a0 = lower, load(step, uint64(0), lanes), zeros(lanes)
     a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
@@ -331,7 +340,8 @@ def _forth(
             direction = load(t, a, lanes)
             q = load(p, a, lanes) - direction + of_row(starts, nodes, values, t, a, lanes) * gains[a]
             store(t, a, q)
-            store(x, a, load(x, a, lanes) + direction * alpha)
+            way = direction * alpha
+            store(x, a, way if first else load(x, a, lanes) + way)
             q = load(r, a, lanes) - (direction + q) * alpha
             store(r, a, q)
             if len(lanes) > 1:
@@ -350,7 +360,8 @@ def _forth(
                 ways = beside(t, a, EIGHT)
                 eight = beside(p, a, EIGHT) - ways + times_beside(eight, gains, a)
                 put(t, a, eight)
-                put(x, a, beside(x, a, EIGHT) + ways * step[0, 0])
+                way = ways * step[0, 0]
+                put(x, a, way if first else beside(x, a, EIGHT) + way)
                 put(r, a, beside(r, a, EIGHT) - (ways + eight) * step[0, 0])
             else:
                 for k in range(group):
@@ -360,7 +371,8 @@ def _forth(
                         q = q + times(load(t, uint64(nodes[f]), lanes), values, f)
                     q = load(p, a + k, lanes) - direction + q * gains[a + k]
                     store(t, a + k, q)
-                    store(x, a + k, load(x, a + k, lanes) + direction * alpha)
+                    way = direction * alpha
+                    store(x, a + k, way if first else load(x, a + k, lanes) + way)
                     q = load(r, a + k, lanes) - (direction + q) * alpha
                     store(r, a + k, q)
                     v = wide(q)
@@ -422,18 +434,23 @@ def iterated(
     most: int,
     lanes: Any,
 ) -> None:
-    """Conjugate gradients, at most so many steps; what changes is in `vectors` and `state`."""
+    """Conjugate gradients, at most so many steps; what changes is in `vectors` and `state`.
+
+    Before the first step of all x and p may hold anything.
+    """
     x, r, p, t, turn, step, sums = vectors
     active, steps, square, bound, halved, halved_at, target, factor, largest, limit, patience = state
+    first = not steps.any()
     for _ in range(most):
         if not active.any():
             return
-        _back(upper, r, p, turn, t, weights, sums, lanes)
+        _back(upper, r, p, turn, first, t, weights, sums, lanes)
         for k in range(len(active)):
             # No curvature, no step: that is rounding, or an operator that is not what it says.
             active[k] = active[k] and sums[0, k] > 0
             step[0, k] = square[k] / sums[0, k] if active[k] else 0.0
-        _forth(lower, x, r, p, t, step, weights, summed, sums, lanes)
+        _forth(lower, x, r, p, t, step, first, weights, summed, sums, lanes)
+        first = False
         for k in range(len(active)):
             turn[0, k] = 0.0
             if not active[k]:

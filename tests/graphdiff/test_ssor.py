@@ -294,8 +294,11 @@ def test_groups_are_of_independent_rows_of_one_length_and_lose_no_edge(lengths, 
     st.booleans(),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
 )
-def test_sweeps_of_one_signal_have_the_bits_they_have_in_company(kind, nodes, seed, narrow, pinned, strange):
+def test_sweeps_of_one_signal_have_the_bits_they_have_in_company(
+    kind, nodes, seed, narrow, pinned, strange, first
+):
     from graphdiff.solvers import sweeps
 
     P = of_too_many_colours() if kind == "colours" else of_equal_rows(kind, nodes, seed)
@@ -311,14 +314,17 @@ def test_sweeps_of_one_signal_have_the_bits_they_have_in_company(kind, nodes, se
     if strange:
         where = random.random(vectors.shape) < 0.02
         vectors[where] = random.choice([0.0, -0.0, np.inf, np.nan], where.sum())
+    if first:
+        # What is left of others.
+        vectors[[0, 2]] = np.nan
 
     def swept(some):
         x, r, p, t = (np.ascontiguousarray(v[:, some]) for v in vectors)
         ratio, length = (np.ascontiguousarray(v[:, some]) for v in (turn, step))
         (curved, sums, before), lanes = np.zeros((3, 2, len(some))), (0,) * len(some)
-        sweeps._back(found.upper, r, p, ratio, t, found.weights, curved, lanes)
+        sweeps._back(found.upper, r, p, ratio, first, t, found.weights, curved, lanes)
         way, lowered = t.copy(), r.copy()
-        sweeps._forth(found.lower, x, r, p, t, length, found.weights, summed, sums, lanes)
+        sweeps._forth(found.lower, x, r, p, t, length, first, found.weights, summed, sums, lanes)
         sweeps.lowered(found.lower, lowered, found.weights, summed, before, lanes)
         return p, way, t, x, r, lowered, curved[0], sums, before
 
@@ -329,6 +335,8 @@ def test_sweeps_of_one_signal_have_the_bits_they_have_in_company(kind, nodes, se
     if not strange:
         before = (torch.from_numpy(v.astype("f8")) for v in (*vectors[:3], turn, step))
         start, given, direction, ratio, length = before
+        if first:
+            start, direction = torch.zeros_like(start), torch.zeros_like(direction)
         p, t, w, x, r, lowered, curved = (torch.from_numpy(v.astype("f8")) for v in together[:7])
         near = {"rtol": 0, "atol": 1e-4 if narrow else 1e-12}
         torch.testing.assert_close(p, given + ratio * direction, **near)
