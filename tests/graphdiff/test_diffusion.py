@@ -1,7 +1,9 @@
 """y = (1 − µ)(I − µP)⁻¹ s: the promise, the certificate, and what theory says of y (theory 1-5)."""
 
+import copy
 import itertools
 import math
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -318,6 +320,38 @@ def test_only_the_value_carries_gradients():
     sol = gd.solve(gd.AttentionTransition(torch.randn(5, 2)), torch.randn(5, requires_grad=True), 0.5)
     assert sol.value.requires_grad
     assert not any(t.requires_grad for t in (sol.lower, sol.upper, sol.error_bound))
+
+
+@solvers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("nodes", [60, base.LONG])
+def test_bounds_are_of_what_was_solved_whoever_writes_to_it_before_they_are_asked_for(
+    solver, dtype, transposed, nodes
+):
+    g = torch.Generator().manual_seed(1)
+    edges = torch.stack([torch.arange(nodes), (torch.arange(nodes) + 1) % nodes])
+    edges = torch.cat([edges, torch.randint(0, nodes, (2, nodes), generator=g)], 1)
+    P = gd.SparseTransition.from_edge_index(torch.cat([edges, edges.flip(0)], 1), dtype=dtype)
+    if not applies(solver, P):
+        pytest.skip(f"{solver} is not for sparse walks")
+    s = torch.randn(nodes, 2, generator=g, dtype=torch.float64).to(dtype)
+    mu = torch.full((1, 1) if transposed else (nodes, 1), 0.7, dtype=dtype)
+    wanted, sol = (gd.solve(P.T if transposed else P, s, mu, solver=solver) for _ in range(2))
+    lower, upper = wanted.lower.clone(), wanted.upper.clone()
+    for tensor in (s, mu, sol.value, sol.error_bound, *P.tensors()):
+        tensor.fill_(3)
+    assert torch.equal(sol.lower, lower)
+    assert torch.equal(sol.upper, upper)
+    # They are found once.
+    assert sol.lower is sol.lower
+
+
+def test_a_copy_or_a_file_holds_the_bounds_too():
+    sol = gd.solve(gd.AttentionTransition(torch.randn(5, 2)), torch.randn(5), 0.5)
+    for other in (copy.deepcopy(sol), pickle.loads(pickle.dumps(sol))):
+        for name in ("value", "lower", "upper", "error_bound"):
+            assert torch.equal(getattr(other, name), getattr(sol, name))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -198,6 +198,20 @@ def test_evidence_is_what_torch_finds_in_more_passes(norm, started, kind):
 
 
 @pytest.mark.parametrize("norm", ["inf", "one"])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_signal_is_scaled_and_measured_at_once(norm, kind):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(*SHAPES[kind], generator=g, dtype=torch.float64)
+    factor = torch.rand(FACTORS.get(kind, (1, 1)), generator=g, dtype=torch.float64)
+    into = torch.empty_like(x)
+    found = evidence.sized(x, norm == "one", factor, into)
+    assert torch.equal(into, factor * x)
+    assert torch.equal(found, evidence.sized(x, norm == "one"))
+    expected = x.abs().amax(-2, keepdim=True) if norm == "inf" else x.abs().sum(-2, keepdim=True)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["inf", "one"])
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["b", "x", "walked"])
 @pytest.mark.parametrize("channels", [1, 3])
