@@ -281,9 +281,10 @@ class _Block:
         # Bounds do not fall steadily.
         earlier = ~(bound <= least)
         if earlier.any():
-            x[:, earlier] = best[:, earlier]
+            x[:, earlier], r[:, earlier] = best[:, earlier], 0
         done.bound[place] = least[:width]
-        sweeps.left(triangles.place, triangles.scale, y, x, size.reshape(1, -1), found, lanes)
+        # One sweep of Gauss and Seidel further, as of `SSOR`.
+        sweeps.left(triangles.place, triangles.scale, y, x, r, size.reshape(1, -1), found, lanes)
         if found is not wanted:
             wanted[:] = found[:, :width]
 

@@ -195,7 +195,10 @@ def _halfway(
     keeping: bool,
     lanes: Any,
 ) -> None:
-    """v = t + w, x ← x + across·t, r ← r − across·v and t ← (I − U)⁻¹ r; `best` is x before where better."""
+    """v = t + w, x ← x + across·t, r ← r − across·v and t ← (I − U)⁻¹ r.
+
+    Where it was better, `best` becomes x + r as they were.
+    """
     starts, nodes, values, gains, _ = upper
     if len(lanes) == 1:
         eights = uint64(len(r)) // uint64(len(EIGHT))
@@ -208,13 +211,13 @@ def _halfway(
     a = uint64(len(starts) - 1)
     while a > 0:
         a -= uint64(1)
-        direction, here = load(t, a, lanes), load(x, a, lanes)
+        direction, here, q = load(t, a, lanes), load(x, a, lanes), load(r, a, lanes)
         if keeping:
-            store(best, a, where(mask, here, load(best, a, lanes)))
+            store(best, a, where(mask, here + q, load(best, a, lanes)))
         store(x, a, here + direction * alpha)
         image = direction + load(w, a, lanes)
         store(v, a, image)
-        q = load(r, a, lanes) - image * alpha
+        q = q - image * alpha
         store(r, a, q)
         q = q + of_row(starts, nodes, values, t, a, lanes) * gains[a]
         store(t, a, q)
@@ -234,15 +237,15 @@ def _halfway_rows(
     last: int,
     lanes: Any,
 ) -> None:
-    """v = t + w, x ← x + across·t, r ← r − across·v of one signal; `best` is x before if it is to be kept."""
+    """v = t + w, x ← x + across·t, r ← r − across·v of one signal; `best` is x + r before if that is kept."""
     for i in range(first, last):
-        direction, here = load(t, i, lanes), load(x, i, lanes)
+        direction, here, q = load(t, i, lanes), load(x, i, lanes), load(r, i, lanes)
         if keeping:
-            store(best, i, here)
+            store(best, i, here + q)
         store(x, i, here + direction * across)
         image = direction + load(w, i, lanes)
         store(v, i, image)
-        store(r, i, load(r, i, lanes) - image * across)
+        store(r, i, q - image * across)
 
 
 @compiled
@@ -399,9 +402,10 @@ def iterated(
 
 
 @compiled
-def left(place: Any, scale: Any, y: Any, x: Any, unit: Any, found: Any, lanes: Any) -> None:
-    """The scale, [N] or [1], times y + x in the units of the right-hand sides into `found` [N, W]."""
+def left(place: Any, scale: Any, y: Any, x: Any, r: Any, unit: Any, found: Any, lanes: Any) -> None:
+    """The scale, [N] or [1], times y + x + r in the units of the right-hand sides into `found` [N, W]."""
     size, each = load(unit, uint64(0), lanes), uint64(len(scale) > 1)
     for i in range(uint64(len(place))):
-        here = load(y, i, lanes) + wide(load(x, uint64(place[i]), lanes))
+        a = uint64(place[i])
+        here = load(y, i, lanes) + (wide(load(x, a, lanes)) + wide(load(r, a, lanes)))
         store(found, i, narrow(here * (size * scale[i * each]), found))

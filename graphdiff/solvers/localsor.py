@@ -263,7 +263,7 @@ class _Steps(ABC):
             ratio = self._sums[0] / self._product
         # Where rounding had gone far astray the direction is worth nothing.
         self._turn *= np.where((ratio > 0.5) & (ratio < 2), ratio, 0)
-        self._product[:], self._active[:] = self._sums[0], self._sums[1] > 0
+        self._product[:], self._active[:] = self._sums[0], self._sums[0] != 0
 
     def advance(self, most: int) -> int:
         """So many steps, and how many there were: fewer where one has no length."""

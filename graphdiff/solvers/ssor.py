@@ -3,6 +3,9 @@
 With S = D^(1/2) P D^(−1/2) of a reversible walk and I − µS = I − L − Lᵀ the preconditioner is
 (I − L)(I − Lᵀ), one sweep of Gauss and Seidel each way. Its condition number is at most 1 + µ²/(1 − µ), that
 of I − µS (1 + µ)/(1 − µ): for (I − L)(I − Lᵀ) = I − µS + LLᵀ, and ‖L‖ ≤ µ because S is nonnegative.
+
+What is iterated with is not the residual r but (I − L)⁻¹r. So the answer is not x but one sweep of Gauss and
+Seidel further, x + (I − L)⁻¹r, which is at hand and of which the residual is Lᵀ(I − L)⁻¹r.
 """
 
 import functools
@@ -447,7 +450,7 @@ class _Block:
         lost = [taken > 0 and not now < most for now, most, taken in reached]
         before = (found if added else start)[:, lost].copy() if any(lost) else None
         size[:width] *= done.unit[place]
-        sweeps.left(self.nodes, y, share, x, size.reshape(1, -1), found, summed, added, lanes)
+        sweeps.left(self.nodes, y, share, x, r, size.reshape(1, -1), found, summed, added, lanes)
         if before is not None:
             found[:, lost] = before
         if found is not wanted:

@@ -470,16 +470,18 @@ def left(
     y: Any,
     share: Any,
     x: Any,
+    r: Any,
     unit: Any,
     found: Any,
     summed: bool,
     added: bool,
     lanes: Any,
 ) -> None:
-    """y's share + x in the units of the right-hand sides, added to `found` [N, W] or in its place."""
+    """y's share + x + r in the units of the right-hand sides, added to `found` [N, W] or in its place."""
     degree, _, place, _ = nodes
     scale, own, none = load(unit, uint64(0), lanes), load(share, uint64(0), lanes), zeros(lanes)
     for i in range(uint64(len(degree))):
-        here = where(own, load(y, i, lanes), none) * own + wide(load(x, uint64(place[i]), lanes))
+        a, here = uint64(place[i]), where(own, load(y, i, lanes), none) * own
+        here = here + (wide(load(x, a, lanes)) + wide(load(r, a, lanes)))
         value = here * (degree[i] if summed else 1.0) * scale
         store(found, i, narrow(wide(load(found, i, lanes)) + value if added else value, found))

@@ -53,9 +53,10 @@ def split(
 
     P is given by its rows; µ and `remaining`, which is 1 − µ·rowsum or less, are [N] or [1], the weights d of
     a reversible walk [N]; `equal` says that all steps from a node are equally likely. Let ρ be (I − L)⁻¹δ⁻¹
-    times a residual r. Then max |r| / `remaining` is at most the bound times max |ρ|; Σ |r| at most Σ |ρ|
-    times what is added to `across` [N], if given; and Σ d |r| at most Σ |ρ| times the second of the weights
-    [2, N], the first of which are ω = dδ/µ. Both are 0 where µ is, and so is 1/δ: there the answer is known.
+    times the residual of an x. One of x + ρ, to which a sweep of Gauss and Seidel brings it, is r = δUρ. So
+    max |r| / `remaining` is at most the bound times max |ρ|; Σ |r| at most Σ |ρ| times what is added to
+    `across` [N], if given; and Σ d |r| at most Σ |ρ| times the second of the weights [2, N], the first of
+    which are ω = dδ/µ. Both are 0 where µ is, and so is 1/δ: there the answer is known.
 
     Values may be None where all are 1. With a `scale` [N] that stands in the place of I, δ = scale − µ P_ii.
 
@@ -144,23 +145,22 @@ def _split(
         diagonal = (1.0 if scale is None else scale[i]) - rate * loop
         inverse[i], factor[i] = 1 / diagonal if rate > 0 else 0.0, rate * (share if of is None else 1.0)
         gains[a] = factor[i] / diagonal
-        bound = max(bound, (diagonal + rate * before) / remaining[i * every])
+        bound = max(bound, rate * later / remaining[i * every])
         if degree is not None:
-            later *= rate
+            before *= rate
             if each > 0:
-                later = 0.0
+                before = 0.0
                 for e in range(begin, last):
                     j = uint64(nodes[e])
-                    if uint64(place[j]) > a:
-                        later += mu[j] * values[e]
+                    if uint64(place[j]) < a:
+                        before += mu[j] * values[e]
             # A tiny µ weighs so much that nothing else counts, but not infinitely.
             weights[0, a] = min(degree[i] * diagonal / rate, HEAVY) if rate > 0 else 0.0
-            weights[1, a] = degree[i] * (diagonal + later) if rate > 0 else 0.0
+            weights[1, a] = degree[i] * before if rate > 0 else 0.0
         if across is not None:
-            across[a] += diagonal
             for e in range(begin, last):
                 b = uint64(place[uint64(nodes[e])])
-                more = rate * float(uint64(b < a))
+                more = rate * float(uint64(b > a))
                 if values is not None:
                     more *= values[e]
                 across[b] += more

@@ -152,15 +152,37 @@ def test_what_bounds_the_residual_does(nodes, seed, mu, each):
     g = torch.Generator().manual_seed(seed)
     m = mu * torch.rand(nodes, generator=g, **f64) if each else torch.full((nodes,), mu, **f64)
     L, _, order, found = triangles(P, m if each else mu)
-    weights = torch.from_numpy(found.weights)
+    weights, diagonal = torch.from_numpy(found.weights), 1 / torch.from_numpy(found.inverse)[order]
+    system = (torch.eye(nodes, **f64) - m[:, None] * P.dense())[order][:, order]
     # Some entries large, as where one node's row decides.
     rho = torch.randn(nodes, generator=g, **f64) ** 3
-    residual = (rho - L @ rho) / torch.from_numpy(found.inverse)[order]
+    # Of an x and of x + ρ.
+    residual = diagonal * (rho - L @ rho)
+    residual = residual - system @ rho
     error = (residual / (1 - m[order])).abs().max()
     assert error <= found.bound * rho.abs().max() * (1 + 1e-12)
+    # And is reached, by a ρ whose terms do not cancel.
+    alike = diagonal - diagonal * L.sum(1) - system.sum(1)
+    torch.testing.assert_close((alike / (1 - m[order])).max(), torch.tensor(found.bound, **f64))
     # The transposed system's, of which d times its answer is that of the rows.
     columns = (residual * (P.log_degree - P.log_degree.max()).exp()[order]).abs().sum()
     assert columns <= (rho.abs() * weights[1]).sum() * (1 + 1e-12)
+
+
+@with_numba
+@pytest.mark.parametrize("solver", [SSOR, gd.solvers.DirectedSSOR()], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("channels", [1, 5])
+def test_an_answer_comes_from_a_sweep(solver, transposed, channels):
+    """After a sweep of Gauss and Seidel nodes without a neighbour later in the order have no residual."""
+    g = torch.Generator().manual_seed(2)
+    P = gd.grid_transition(torch.rand(1, 15, 20, generator=g, **f64), beta=9.0)
+    P = P.T if transposed else P
+    s = torch.randn(300, channels, generator=g, **f64)
+    y = gd.solve(P, s, 0.95, solver=solver, max_steps=4, on_failure="ignore").value
+    residual = (0.05 * s + 0.95 * (P @ y) - y).abs()
+    # Sweeps are in float32.
+    assert ((residual < 1e-4 * residual.amax(0)).sum(0) >= 300 // 4).all()
 
 
 @with_numba
