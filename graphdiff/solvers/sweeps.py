@@ -101,11 +101,13 @@ def begun(nodes: Any, start: Any, unit: Any, y: Any, summed: bool, lanes: Any) -
 def gathered(nodes: Any, mask: Any, share: Any, x: Any, y: Any, lanes: Any) -> None:
     """y ← its share + x and x ← 0 where the mask is not 0."""
     place, chosen, nothing = nodes[2], load(mask, uint64(0), lanes), narrow(zeros(lanes), x)
-    own, which, none = load(share, uint64(0), lanes), wide(chosen), zeros(lanes)
+    own, which, none, begun = load(share, uint64(0), lanes), wide(chosen), zeros(lanes), share.any()
     for i in range(uint64(len(place))):
-        a = uint64(place[i])
+        a, before = uint64(place[i]), none
         # Of which there is no share may be what others have left, no number perhaps.
-        here, before = load(x, a, lanes), where(own, load(y, i, lanes), none)
+        if begun:
+            before = where(own, load(y, i, lanes), none)
+        here = load(x, a, lanes)
         store(y, i, where(which, before * own + wide(here), before))
         store(x, a, where(chosen, nothing, here))
 
@@ -200,9 +202,12 @@ def renewed(
     for k in range(len(lanes)):
         if mask[0, k] != 0:
             share[0, k] = 1.0
-    residual(rows, nodes, given, unit, y, share, True, w, summed, lanes)
-    lowered(lower, w, weights, summed, sums, lanes)
-    taken(mask, w, r, lanes)
+    everywhere = mask.all()
+    into = r if everywhere else w
+    residual(rows, nodes, given, unit, y, share, True, into, summed, lanes)
+    lowered(lower, into, weights, summed, sums, lanes)
+    if not everywhere:
+        taken(mask, w, r, lanes)
 
 
 # --- how far signals are, each with a place in arrays [W]
