@@ -318,6 +318,9 @@ def test_the_closer_bound_is_taken_where_it_is_needed_and_changes_no_batch_mate(
         assert alone.error_bound.equal(together.error_bound[i])
         assert alone.matvecs.equal(together.matvecs[i])
     assert (together.matvecs[1] > together.matvecs[0] + 1).all()
+    # So are the bounds that come with it.
+    width = torch.maximum(together.upper - together.value, together.value - together.lower)
+    assert (biggest(width) <= 1.01 * together.error_bound).all()
 
 
 def test_a_false_degree_gives_no_answer_that_is_not_of_that_degree():
