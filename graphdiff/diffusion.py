@@ -191,8 +191,9 @@ def solve_scaled(
     rhs = remaining * seed if rhs is None else rhs
     answer = implicit_solve(call, rhs, mu, initial=start, atol=target)
 
-    y, enclosure, mask = checks.real(answer.x, P.mask), answer.enclosure, P.mask
-    if mask is not None:
+    y, enclosure = checks.real(answer.x, P.mask), answer.enclosure
+    if P.mask is not None:
+        mask = P.mask.clone()
         enclosure = enclosure.then(lambda lower, upper: (checks.real(lower, mask), checks.real(upper, mask)))
     bound, rounding, matvecs = answer.error_bound, answer.rounding, answer.matvecs
     if scaling is not None:
