@@ -508,6 +508,9 @@ class SparseTransition(Transition):
         return _Pattern(self.indptr, self.indices, self.dangling)
 
     def _each_tensor(self) -> Iterator[Tensor]:
+        # A subclass may have others.
+        if type(self) is not SparseTransition:
+            return super()._each_tensor()
         # By name: a solve asks several times, and to look through all fields takes as long as a short pass.
         return iter([x for x in (self.values, self.log_degree, self.jump) if x is not None])
 

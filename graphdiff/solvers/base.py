@@ -532,6 +532,7 @@ def _solve_some(
             asked = asked & (not budget.timed_out)
             again = bool(asked.any())
             if again:
+                # In memory of its own, for the bounds are made of the middle.
                 candidate = best.middle.clone()
         if not left:
             break

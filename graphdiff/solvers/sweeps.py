@@ -101,11 +101,11 @@ def begun(nodes: Any, start: Any, unit: Any, y: Any, summed: bool, lanes: Any) -
 def gathered(nodes: Any, mask: Any, share: Any, x: Any, y: Any, lanes: Any) -> None:
     """y ← its share + x and x ← 0 where the mask is not 0."""
     place, chosen, nothing = nodes[2], load(mask, uint64(0), lanes), narrow(zeros(lanes), x)
-    own, which, none, begun = load(share, uint64(0), lanes), wide(chosen), zeros(lanes), share.any()
+    own, which, none, shared = load(share, uint64(0), lanes), wide(chosen), zeros(lanes), share.any()
     for i in range(uint64(len(place))):
         a, before = uint64(place[i]), none
         # Of which there is no share may be what others have left, no number perhaps.
-        if begun:
+        if shared:
             before = where(own, load(y, i, lanes), none)
         here = load(x, a, lanes)
         store(y, i, where(which, before * own + wide(here), before))

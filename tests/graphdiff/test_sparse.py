@@ -1,6 +1,7 @@
 """Walks given by their edges, by an image or by a product: every constructor against the dense matrix."""
 
 import collections
+import dataclasses
 import importlib.util
 import itertools
 import subprocess
@@ -148,6 +149,29 @@ def test_an_isolated_node_under_each_policy(dangling):
         dangling = WHERE
     A = affinity(edges, torch.ones(3).double())
     torch.testing.assert_close(P.dense(), walk(A + A.T, dangling))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Weighed(gd.SparseTransition):
+    """A user's own walk, with a tensor more."""
+
+    weight: torch.Tensor | None = None
+
+
+@pytest.mark.parametrize("kind", [gd.SparseTransition, Weighed])
+@pytest.mark.parametrize("dangling", ["self", "uniform"])
+def test_its_tensors_are_those_of_all_fields(kind, dangling):
+    edges = torch.tensor([[0, 1], [1, 0]])
+    P = from_edges(edges, torch.ones(2, dtype=torch.float64), 3, undirected=True, dangling=dangling)
+    fields = {field.name: getattr(P, field.name) for field in dataclasses.fields(P) if field.init}
+    P = kind(**fields) if kind is gd.SparseTransition else kind(**fields, weight=torch.ones(3).double())
+    every = (getattr(P, field.name) for field in dataclasses.fields(P))
+    floating = [x for x in every if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    assert len(floating) == 2 + (kind is Weighed)
+    assert {id(x) for x in P.tensors()} == {id(x) for x in floating}
+    narrow = P.to(torch.float32)
+    assert all(x.dtype == torch.float32 for x in narrow.tensors())
+    torch.testing.assert_close(narrow.dense(), P.dense().float())
 
 
 def test_a_policy_that_no_node_needs_changes_nothing():
